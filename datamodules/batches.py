@@ -1,0 +1,38 @@
+"""What crosses the border between data and methods: plain dictionaries of tensors and strings, never tokens.
+
+Letters: `B` pairs (or prompts, or images), `2B` the images of B pairs with the preferred ones first.
+"""
+
+from typing import NotRequired, TypedDict
+
+from torch import Tensor
+
+
+class PairBatch(TypedDict):
+    """B preference pairs. Image `i` was preferred over image `B + i`; both were made for prompt `i`."""
+
+    images: Tensor  # (2B, 3, H, W) float32 in [-1, 1], the B preferred images first
+    prompts: list[str]  # B
+    label: Tensor  # (B,) float32: probability that the first image is the better one; 1.0, or 0.5 for a tie
+    weight: Tensor  # (B,) float32: weight of the pair in the loss, 1.0 unless the data says otherwise
+    original_sizes: Tensor  # (2B, 2) int64: height and width of each image as stored
+    crops: Tensor  # (2B, 2) int64: top and left of the crop, counted after the resize
+    ids: list[str]  # B: where each pair comes from, e.g. "train-00000.parquet:17"
+
+
+class ImageBatch(TypedDict):
+    """B captioned images, for supervised fine-tuning."""
+
+    images: Tensor  # (B, 3, H, W) float32 in [-1, 1]
+    prompts: list[str]  # B
+    original_sizes: NotRequired[Tensor]  # (B, 2)
+    crops: NotRequired[Tensor]  # (B, 2)
+    ids: NotRequired[list[str]]  # B
+
+
+class PromptBatch(TypedDict):
+    """B prompts, each with the seed of its starting noise, so that an image depends on neither batch size nor rank."""
+
+    prompts: list[str]  # B
+    seeds: list[int]  # B
+    index: list[int]  # B: position in the prompt list
