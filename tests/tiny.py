@@ -15,9 +15,9 @@ def save_sd15(
     image_size: int = 16,
     seed: int = 0,
 ) -> Path:
-    """Save a random Stable Diffusion pipeline with `save_pretrained`: 1.5 for "epsilon", the 2.1 scheduler for "v_prediction".
+    """Save a random Stable Diffusion pipeline with `save_pretrained`: 1.5, or 2.1's scheduler for "v_prediction".
 
-    The weights are a function of `seed` only, and the global random state is left alone. Latents are half the image's size.
+    The weights are a function of `seed` only; the global random state is left alone. Latents are half the image's size.
 
     Args:
         folder: Where the pipeline goes; made if absent.
