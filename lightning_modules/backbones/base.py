@@ -1,0 +1,482 @@
+"""The contract between methods and model families: a method may use nothing else (design, section 3)."""
+
+import shutil
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from lightning_modules.functional.noise import PredictionType, add_noise, regression_target, to_x0
+
+
+class Conditioning(dict[str, Tensor]):
+    """What the network is conditioned on: named tensors, every one with B in front."""
+
+    def repeat_pair(self) -> "Conditioning":
+        """(B, ...) -> (2B, ...): both images of a pair share their prompt."""
+        return self.cat([self, self])
+
+    def __getitem__(self, key: Any) -> Any:
+        """A tensor by name, or, for an index or slice, the conditioning of these samples."""
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return Conditioning({name: tensor[key] for name, tensor in self.items()})
+
+    @staticmethod
+    def cat(parts: list["Conditioning"]) -> "Conditioning":
+        """Concatenate along B."""
+        return Conditioning({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+class Backbone(nn.Module):
+    """A text-to-image diffusion model, its adapters, and the frozen policy that it started from.
+
+    Construction is cheap and only remembers the settings; `load` reads the weights.
+
+    Args:
+        pretrained: Folder of a diffusers pipeline, or its id on the hub.
+        denoiser: Folder or hub id with another denoiser's weights (its config at the top or in the usual subfolder),
+            for example a published aligned one; training starts from it and it is the reference.
+        vae: Folder or hub id of another VAE.
+        lora: peft LoRA settings. Null trains every weight of the denoiser. `target_modules: null` means the family's
+            attention projections.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more compute.
+        num_inference_steps: Sampling steps of generated images.
+        guidance_scale: Classifier-free guidance of generated images; 1 switches it off.
+        chunk_size: Images encoded, decoded or generated at once, to bound memory; the results do not depend on it.
+        revision: Revision of the hub repositories.
+        variant: Weight-file variant, for example `fp16`.
+    """
+
+    pipeline_class_name: ClassVar[str]  # in diffusers
+    denoiser_name: ClassVar[str]  # "unet" or "transformer"
+    text_encoder_names: ClassVar[tuple[str, ...]]
+    lora_targets: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        pretrained: str,
+        denoiser: str | None = None,
+        vae: str | None = None,
+        lora: LoraConfig | None = None,
+        gradient_checkpointing: bool = False,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        chunk_size: int = 8,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        super().__init__()
+        if chunk_size < 1 or num_inference_steps < 1:
+            raise ValueError(
+                f"backbone: chunk_size is {chunk_size} and num_inference_steps is {num_inference_steps}; both must be "
+                "1 or more."
+            )
+        check_model_path("backbone.pretrained", pretrained, "model_index.json")
+        for name, path in (("denoiser", denoiser), ("vae", vae)):
+            if path is not None:
+                check_model_path(f"backbone.{name}", path, "config.json", subfolders=(self.denoiser_name, "vae"))
+        self.pretrained = pretrained
+        self.denoiser_path = denoiser
+        self.vae_path = vae
+        self.lora = lora
+        self.gradient_checkpointing = gradient_checkpointing
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.chunk_size = chunk_size
+        self.revision = revision
+        self.variant = variant
+        self.pipeline: Any = None
+        self.compute_dtype = torch.float32
+
+    # ------------------------------------------------------------------------------------------------ life cycle
+
+    def load(
+        self, compute_dtype: torch.dtype = torch.float32, keep_reference: bool = False, weights: bool = True
+    ) -> None:
+        """Build the networks, freeze what is not trained, add the adapters.
+
+        Trained weights are float32. Matrices of frozen networks are held in `compute_dtype`, their norms in float32:
+        under autocast that computes exactly what float32 weights would, in half the memory.
+
+        Args:
+            compute_dtype: What autocast computes in; float32 switches autocast off.
+            keep_reference: Keep a frozen copy of a fully fine-tuned denoiser for `reference`. Adapters need none.
+            weights: Read the weights. False builds the networks from their configs alone, for counting on the meta
+                device.
+
+        Raises:
+            ValueError: if the pipeline cannot be read or is of another family.
+        """
+        self.compute_dtype = compute_dtype
+        self.pipeline = self._load_pipeline() if weights else self._build_pipeline()
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.requires_grad_(False)
+        for name in (self.denoiser_name, "vae", *self.text_encoder_names):
+            module = getattr(self.pipeline, name)
+            if module is not None:
+                self.add_module(name, module.requires_grad_(False).eval())
+
+        frozen = ["vae", *self.text_encoder_names]
+        if self.lora is not None:
+            frozen.append(self.denoiser_name)
+        for name in frozen:
+            to_low_precision(getattr(self, name, None), compute_dtype)
+
+        if self.lora is not None:
+            if self.lora.target_modules is None:
+                self.lora.target_modules = list(self.lora_targets)
+            try:
+                self.denoiser.add_adapter(self.lora)
+            except ValueError as error:
+                raise ValueError(
+                    f"backbone.lora: peft cannot place the adapters in {type(self.denoiser).__name__}: {error} "
+                    f"The attention projections of this family are target_modules: {list(self.lora_targets)}."
+                ) from error
+            for parameter in self.denoiser.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()  # bfloat16 adapters would swallow updates of 1e-5
+        else:
+            if keep_reference:
+                self.add_module("reference_denoiser", self._copy_of_denoiser(weights))
+                to_low_precision(self.reference_denoiser, compute_dtype)
+            self.denoiser.requires_grad_(True)
+        if self.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        self._after_load()
+
+    def shard(self, mesh: Any) -> None:
+        """Split the denoiser over the devices of `mesh` with FSDP2, block by block.
+
+        Args:
+            mesh: Lightning's device mesh with a "data_parallel" dimension.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        blocks = [m for m in self.denoiser.modules() if type(m).__name__ in (self.denoiser._no_split_modules or ())]
+        for module in [*reversed(blocks), self.denoiser]:  # inner blocks first
+            fully_shard(module, mesh=mesh["data_parallel"])
+
+    def _after_load(self) -> None:
+        """What a family still has to prepare once its networks exist."""
+
+    @property
+    def loaded(self) -> bool:
+        return self.pipeline is not None
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The trained network, with its adapters."""
+        return getattr(self, self.denoiser_name)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the frozen starting policy acts: adapters off, or the frozen copy of a full fine-tuning.
+
+        Without a kept copy the starting weights are read again from disk and dropped afterwards.
+        """
+        if self.lora is not None:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+            for layer in layers:
+                layer.enable_adapters(False)
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.enable_adapters(True)
+        else:
+            reference = getattr(self, "reference_denoiser", None)
+            if reference is None:
+                reference = self._copy_of_denoiser().to(self.device)
+            setattr(self.pipeline, self.denoiser_name, reference)
+            try:
+                yield
+            finally:
+                setattr(self.pipeline, self.denoiser_name, self.denoiser)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def autocast(self) -> Any:
+        """Autocast to `compute_dtype`; a null context for float32."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    # ------------------------------------------------------------------------------------------- text and images
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of B prompts, without gradient."""
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Draw the latents of images from the VAE's posterior, one draw per image.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            (B, C, h, w) float32 latents, shifted and scaled for the denoiser.
+        """
+        with self.autocast():
+            moments = torch.cat(
+                [self.vae.encode(chunk).latent_dist.parameters for chunk in images.split(self.chunk_size)]
+            )
+        mean, logvar = moments.float().chunk(2, dim=1)
+        return self.latents_from_moments(mean, logvar, torch.randn_like(mean))
+
+    def latents_from_moments(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """z = (mean + exp(logvar / 2) noise - shift) * scale, the log-variance clamped to [-30, 20] as in diffusers."""
+        config = self.vae.config
+        sample = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+        return (sample - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) latents -> (B, 3, H, W) float32 images, nominally in [-1, 1]; gradients flow through."""
+        config = self.vae.config
+        z = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        with self.autocast():
+            return torch.cat([self.vae.decode(chunk).sample for chunk in z.split(self.chunk_size)]).float()
+
+    # ------------------------------------------------------------------------------------------------- diffusion
+
+    prediction_type: PredictionType = "epsilon"
+
+    @abstractmethod
+    def sample_timesteps(self, n: int) -> Tensor:
+        """(n,) training timesteps on the backbone's device."""
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t of x_t = alpha_t x_0 + sigma_t eps, each (B,) float32."""
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
+        """The acting network's prediction, (B, C, h, w)."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Noised latents x_t and the network's target, both (B, C, h, w) float32."""
+        alpha, sigma = self.coefficients(t)
+        return add_noise(x0, noise, alpha, sigma), regression_target(self.prediction_type, x0, noise, alpha, sigma)
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that a prediction implies, (B, C, h, w) float32."""
+        alpha, sigma = self.coefficients(t)
+        return to_x0(self.prediction_type, prediction, x_t, alpha, sigma)
+
+    # ------------------------------------------------------------------------------------------ images, artefacts
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """Images of the acting policy by the diffusers pipeline and the checkpoint's own scheduler.
+
+        Image i depends on prompt i and seed i only: not on the other images, the rank, or the run's random state.
+
+        Args:
+            prompts: B prompts.
+            seeds: B seeds of the starting noise.
+            num_inference_steps: Null takes the backbone's setting.
+            guidance_scale: Null takes the backbone's setting.
+
+        Returns:
+            (B, 3, H, W) float32 in [0, 1], on the CPU.
+        """
+        network = getattr(self.pipeline, self.denoiser_name)
+        was_training = network.training
+        network.eval()
+        images = []
+        try:
+            for start in range(0, len(prompts), self.chunk_size):
+                chunk = slice(start, start + self.chunk_size)
+                with self.autocast():
+                    output = self.pipeline(
+                        prompt=prompts[chunk],
+                        generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
+                        num_inference_steps=num_inference_steps or self.num_inference_steps,
+                        guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+                        output_type="pt",
+                    )
+                images.append(output.images.float().cpu())
+        finally:
+            network.train(was_training)
+        return torch.cat(images) if images else torch.empty(0, 3, 0, 0)
+
+    def export(self, folder: Path) -> None:
+        """Write what diffusers loads: the LoRA as `pytorch_lora_weights.safetensors`, or the whole pipeline.
+
+        A whole pipeline takes its frozen parts from their source again, so that they stay what they were.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.lora is not None:
+            from diffusers.utils import convert_state_dict_to_diffusers
+            from peft.utils import get_peft_model_state_dict
+
+            name = self.denoiser_name
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser))
+            self.pipeline.save_lora_weights(
+                folder,
+                **{
+                    f"{name}_lora_layers": {key: tensor.detach().cpu().contiguous() for key, tensor in layers.items()},
+                    f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
+                },
+            )
+        else:
+            pipeline = self._load_pipeline()
+            getattr(pipeline, self.denoiser_name).load_state_dict(self.denoiser.state_dict())
+            pipeline.save_pretrained(folder, safe_serialization=True)
+
+    # --------------------------------------------------------------------------------------------------- loading
+
+    def _pipeline_class(self) -> Any:
+        import diffusers
+
+        return getattr(diffusers, self.pipeline_class_name)
+
+    def _load_pipeline(self) -> Any:
+        """The diffusers pipeline in float32, safetensors only, with other components where the user named them."""
+        pipeline_class = self._pipeline_class()
+        replaced = {}
+        options = {"revision": self.revision, "variant": self.variant, "use_safetensors": True, "dtype": torch.float32}
+        try:
+            if self.denoiser_path is not None:
+                replaced[self.denoiser_name] = load_component(
+                    self.denoiser_class(), self.denoiser_path, self.denoiser_name
+                )
+            if self.vae_path is not None:
+                from diffusers import AutoencoderKL
+
+                replaced["vae"] = load_component(AutoencoderKL, self.vae_path, "vae")
+            return pipeline_class.from_pretrained(
+                self.pretrained, safety_checker=None, requires_safety_checker=False, **options, **replaced
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"backbone.pretrained: cannot load {self.pretrained!r} as a {self.pipeline_class_name}: "
+                f"{first_line(error)} Expected a folder written by diffusers' `save_pretrained` with safetensors "
+                "weights, or a hub id that is reachable or cached."
+            ) from error
+
+    def _build_pipeline(self) -> Any:
+        """The pipeline's networks from their configs, weights uninitialised or on the current default device."""
+        import json
+
+        import diffusers
+        import transformers
+
+        folder = Path(self.pretrained)
+        parts: dict[str, Any] = {}
+        index = json.loads((folder / "model_index.json").read_text())
+        for name, entry in index.items():
+            if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+                continue
+            part_class = getattr({"diffusers": diffusers, "transformers": transformers}[entry[0]], entry[1])
+            if issubclass(part_class, transformers.PreTrainedModel):
+                parts[name] = part_class(part_class.config_class.from_pretrained(folder / name))
+            elif issubclass(part_class, diffusers.ModelMixin) or hasattr(part_class, "load_config"):
+                parts[name] = part_class.from_config(part_class.load_config(folder / name))
+            else:
+                parts[name] = part_class.from_pretrained(folder / name)
+        if "safety_checker" in self._pipeline_class().__init__.__code__.co_varnames:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return self._pipeline_class()(**parts)
+
+    def denoiser_class(self) -> Any:
+        """The diffusers class of the denoiser."""
+        import diffusers
+
+        return {"unet": diffusers.UNet2DConditionModel}[self.denoiser_name]
+
+    def _copy_of_denoiser(self, weights: bool = True) -> nn.Module:
+        """The starting denoiser, frozen."""
+        if not weights:
+            module = self.denoiser_class().from_config(self.denoiser.config)
+        elif self.denoiser_path is not None:
+            module = load_component(self.denoiser_class(), self.denoiser_path, self.denoiser_name)
+        else:
+            module = self.denoiser_class().from_pretrained(
+                self.pretrained,
+                subfolder=self.denoiser_name,
+                revision=self.revision,
+                variant=self.variant,
+                use_safetensors=True,
+                dtype=torch.float32,
+            )
+        return module.requires_grad_(False).eval()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, as a sentence."""
+    line = str(error).strip().split("\n")[0]
+    return line if line.endswith(".") else line + "."
+
+
+def load_component(component_class: Any, path: str, subfolder: str) -> nn.Module:
+    """A network from a folder that holds it, or from the usual subfolder of a pipeline."""
+    local = Path(path)
+    nested = not (local / "config.json").is_file() if local.is_dir() else True
+    return component_class.from_pretrained(
+        path, subfolder=subfolder if nested else None, use_safetensors=True, dtype=torch.float32
+    )
+
+
+def check_model_path(option: str, path: str, needed: str, subfolders: tuple[str, ...] = ()) -> None:
+    """Stop early when a path that can only be local does not hold a model.
+
+    Raises:
+        ValueError: naming the option, the path, and what was expected there.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if any((folder / part / needed).is_file() for part in ("", *subfolders)):
+            return
+        raise ValueError(
+            f"{option}: the folder {path!r} has no {needed}; expected a folder written by diffusers' "
+            f"`save_pretrained`. It holds: {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}."
+        )
+    if folder.exists():
+        raise ValueError(
+            f"{option}: {path!r} is a file; expected a folder written by diffusers' `save_pretrained`, or a hub id. "
+            "A single-file checkpoint can be converted with diffusers' `from_single_file(...).save_pretrained(...)`."
+        )
+    # A hub id is "name" or "owner/name"; everything else can only be a path.
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/") or "\\" in path or not path:
+        raise ValueError(
+            f"{option}: there is no folder {path!r} (looked in {Path.cwd()}); expected a folder written by diffusers' "
+            "`save_pretrained`, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+        )
+
+
+def to_low_precision(module: nn.Module | None, dtype: torch.dtype) -> None:
+    """Hold the matrices and convolutions of a frozen network in `dtype`; norms and embeddings' consumers stay float32.
+
+    Autocast would cast the same weights at every call, so the outputs are the same bit for bit.
+    """
+    if module is None or dtype == torch.float32:
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.to(dtype)
+
+
+def available_room(folder: Path) -> int:
+    """Free bytes on the disk that holds `folder` (which need not exist yet)."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

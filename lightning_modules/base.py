@@ -1,0 +1,277 @@
+"""The life of a method outside its training step: optimizer, randomness, small checkpoints, resume, test images."""
+
+import hashlib
+import math
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from datamodules.batches import PromptBatch
+from lightning_modules.backbones.base import Backbone, available_room
+
+COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def batch_seed(seed: int, stage: str, index: int) -> int:
+    """The random seed of micro-batch `index` of a stage: well mixed, so that neighbours share nothing."""
+    digest = hashlib.blake2b(f"{seed}/{stage}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def warmup_factor(step: int, warmup_steps: int, from_zero: bool = False) -> float:
+    """Share of the learning rate that optimizer step `step` (0-based) uses.
+
+    (k + 1) / W during the first W steps, then 1. The published code uses k / W (`from_zero`), whose first step has
+    learning rate 0 and is wasted.
+    """
+    return min(1.0, (step if from_zero else step + 1) / max(1, warmup_steps))
+
+
+def scaled_learning_rate(lr: float, effective_pairs: int) -> float:
+    """The `scale_lr` rule of the published scripts: base rate times the samples of one optimizer step."""
+    return lr * effective_pairs
+
+
+class AlignmentModule(pl.LightningModule):
+    """What every method shares. It owns no training step.
+
+    A checkpoint holds the trained weights only, and a run's random numbers are a function of (seed, position in the
+    data), so that a resumed run repeats the uninterrupted one bit for bit and the number of GPUs does not matter:
+    micro-batch k of the run draws the same noise on whichever rank it lands.
+
+    Args:
+        backbone: The diffusion model to train.
+        optimizer: Built on the trained parameters only.
+        lr_scheduler: Stepped after every optimizer step. Null keeps the rate constant after the warm-up.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly.
+        warmup_from_zero: Give the first optimizer step learning rate 0, as the published code does.
+        scale_lr: Multiply the learning rate by the samples of one optimizer step (per-device batch x accumulation x
+            devices), as the published launchers do.
+        keep_reference: Whether the method asks for the frozen starting policy during training.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+        warmup_from_zero: bool = False,
+        scale_lr: bool = False,
+        keep_reference: bool = False,
+    ) -> None:
+        super().__init__()
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {warmup_steps}; expected 0 or more optimizer steps.")
+        self.backbone = backbone
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup_steps = warmup_steps
+        self.warmup_from_zero = warmup_from_zero
+        self.scale_lr = scale_lr
+        self.keep_reference = keep_reference
+        self.strict_loading = False  # checkpoints hold the trained weights only; on_load_checkpoint compares names
+        self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        self._window: dict[str, Tensor] = {}
+        self._pending_gradients: dict[str, Tensor] = {}
+
+    # ---------------------------------------------------------------------------------------------------- building
+
+    def configure_model(self) -> None:
+        """Load the backbone once, in the precision that the Trainer asks for; shard it under FSDP2."""
+        if self.backbone.loaded:
+            return
+        precision = str(self.trainer.precision)
+        if precision not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"trainer.precision is {precision!r}; expected one of {', '.join(COMPUTE_DTYPES)}. Trained weights "
+                "stay float32 (updates of 1e-5 vanish in half precision); frozen networks are held in low precision "
+                "with either mixed setting."
+            )
+        # Adapters start from the run's seed: the same on every rank and in every repetition.
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(batch_seed(self.run_seed, "initial weights", 0))
+            self.backbone.load(COMPUTE_DTYPES[precision], keep_reference=self.keep_reference)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            self.backbone.shard(self.device_mesh)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything that the optimizer may change."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def effective_batch(self) -> int:
+        """Samples (pairs, for pair methods) of one optimizer step over all devices."""
+        batch_size = getattr(self.trainer.datamodule, "batch_size", None)
+        if batch_size is None:
+            raise ValueError(
+                "scale_lr: true multiplies the learning rate by the samples of one optimizer step, but the data module "
+                "has no `batch_size`. Set scale_lr: false and give the final learning rate."
+            )
+        return batch_size * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = list(self.trained_parameters().values())
+        if not parameters:
+            raise ValueError("There is nothing to train: no parameter of the backbone requires a gradient.")
+        optimizer = self.optimizer(parameters)
+        if self.scale_lr:
+            for group in optimizer.param_groups:
+                group["lr"] = scaled_learning_rate(group["lr"], self.effective_batch())
+            rank_zero_info(f"scale_lr: {self.effective_batch()} samples a step, learning rate {group['lr']:.4g}")
+
+        def factor(step: int) -> float:
+            return warmup_factor(step, self.warmup_steps, self.warmup_from_zero)
+
+        schedulers: list[Any] = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+        if self.lr_scheduler is not None:
+            schedulers.append(self.lr_scheduler(optimizer))
+        scheduler = schedulers[0] if len(schedulers) == 1 else torch.optim.lr_scheduler.ChainedScheduler(schedulers)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -------------------------------------------------------------------------------------------------- randomness
+
+    def seed_batch(self, stage: str, index: int) -> None:
+        """Make the random numbers of the next step a function of the run's seed and the batch's global position."""
+        torch.manual_seed(batch_seed(self.run_seed, stage, index * self.trainer.world_size + self.trainer.global_rank))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seed_batch("train", self.trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.seed_batch("validate", batch_idx)
+
+    # ----------------------------------------------------------------------------------------------------- logging
+
+    def log_window(self, metrics: dict[str, Tensor]) -> None:
+        """Log the mean of each metric over the micro-batches and ranks of one optimizer step, without a host sync.
+
+        Args:
+            metrics: Name -> scalar of this micro-batch; the name gets the prefix "train/".
+        """
+        share = 1.0 / self.trainer.accumulate_grad_batches
+        for name, value in metrics.items():
+            self._window[name] = self._window.get(name, 0.0) + value.detach().float() * share
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        if self.trainer.fit_loop.epoch_loop._logger_connector.should_update_logs:
+            self._stop_on_non_finite(self._window)
+        for name, value in self._window.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
+        self._window = {}
+
+    def _stop_on_non_finite(self, metrics: dict[str, Tensor]) -> None:
+        loss = metrics.get("loss")
+        if loss is not None and not torch.isfinite(loss):
+            raise ValueError(
+                f"The training loss is {loss.item()} at optimizer step {self.global_step}. Lower the learning rate, "
+                "set trainer.gradient_clip_val, or use bf16-mixed instead of 16-mixed precision; then resume from the "
+                "last checkpoint with --ckpt_path."
+            )
+
+    # ------------------------------------------------------------------------------------------ checkpoints, resume
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained weights; add what exact resume needs beyond Lightning's own state."""
+        trained = self.trained_parameters()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["limelight"] = {
+            "method": type(self).__name__,
+            "backbone": type(self.backbone).__name__,
+            "pretrained": self.backbone.pretrained,
+            "seed": self.run_seed,
+        }
+        # A checkpoint inside an accumulation window (interrupt, time limit) carries the gradients gathered so far.
+        if self._fit_is_inside_window():
+            checkpoint["limelight"]["gradients"] = {
+                name: self.trainer.strategy.reduce(parameter.grad.clone(), reduce_op="mean").cpu()
+                for name, parameter in trained.items()
+                if parameter.grad is not None
+            }
+
+    def _fit_is_inside_window(self) -> bool:
+        if self._trainer is None or not self.trainer.training:
+            return False
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return self.automatic_optimization and self.trainer.fit_loop._should_accumulate() and progress.current.ready > 0
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the checkpoint with this model before anything is loaded.
+
+        Raises:
+            ValueError: if the checkpoint belongs to another method or model.
+        """
+        ours = {name: tuple(parameter.shape) for name, parameter in self.trained_parameters().items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        about = checkpoint.get("limelight", {})
+        if saved != ours:
+            other = sorted(set(saved.items()) ^ set(ours.items()))
+            raise ValueError(
+                "The checkpoint belongs to another model: it was written by "
+                f"{about.get('method', 'an unknown method')} on {about.get('pretrained', 'an unknown model')} with "
+                f"{len(saved)} trained tensors, while this run trains {len(ours)}; the first difference is "
+                f"{other[0][0]} of shape {other[0][1]}. Use the config.yaml saved beside the checkpoint's folder."
+            )
+        if about.get("seed", self.run_seed) != self.run_seed:
+            rank_zero_warn(
+                f"The checkpoint was written with seed {about['seed']}, this run asks for {self.run_seed}; the "
+                "resumed run continues with the checkpoint's seed."
+            )
+            self.run_seed = about["seed"]
+        self._pending_gradients = about.get("gradients", {})
+
+    def on_train_start(self) -> None:
+        self._check_room()
+        self._apply_configured_learning_rate()
+        for name, parameter in self.trained_parameters().items():
+            if name in self._pending_gradients:
+                parameter.grad = self._pending_gradients[name].to(parameter)
+        self._pending_gradients = {}
+        self.backbone.denoiser.train()
+
+    def _check_room(self) -> None:
+        """Stop before the first step when a checkpoint would not fit on the disk."""
+        weights = sum(p.numel() * p.element_size() for p in self.trained_parameters().values())
+        needed = 4 * weights  # weights and two optimizer moments, written beside the previous checkpoint
+        folder = self.trainer.log_dir or self.trainer.default_root_dir
+        if folder and available_room(folder) < needed:
+            raise ValueError(
+                f"The disk of {folder} has {available_room(folder) / 2**20:.0f} MiB free, but one checkpoint of this "
+                f"run needs about {needed / 2**20:.0f} MiB. Free some space or set another output folder."
+            )
+
+    def _apply_configured_learning_rate(self) -> None:
+        """After a resume, follow the learning rate of this run's config, not the one stored in the checkpoint."""
+        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=False):
+            fresh = self.optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
+            if self.scale_lr:
+                fresh = scaled_learning_rate(fresh, self.effective_batch())
+            for scheduler in getattr(config.scheduler, "_schedulers", [config.scheduler]):
+                scheduler.base_lrs = [fresh] * len(optimizer.param_groups)
+            for group in optimizer.param_groups:
+                if not math.isclose(group["initial_lr"], fresh, rel_tol=1e-12):
+                    rank_zero_info(f"Resumed with learning rate {fresh:.4g} (checkpoint: {group['initial_lr']:.4g}).")
+                    group["lr"] *= fresh / group["initial_lr"]
+                    group["initial_lr"] = fresh
+
+    # ------------------------------------------------------------------------------------------ images for evaluation
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Images of the trained and of the starting policy at the same seeds, for callbacks to score.
+
+        Returns:
+            The batch, with `images` and `base_images`, each (B, 3, H, W) in [0, 1] on the CPU.
+        """
+        images = self.backbone.generate(batch["prompts"], batch["seeds"])
+        with self.backbone.reference():
+            base_images = self.backbone.generate(batch["prompts"], batch["seeds"])
+        return {**batch, "images": images, "base_images": base_images}
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Images of the trained policy; the batch, with `images` (B, 3, H, W) in [0, 1] on the CPU."""
+        return {**batch, "images": self.backbone.generate(batch["prompts"], batch["seeds"])}
