@@ -1,0 +1,111 @@
+"""A run: LightningCLI with a folder of its own, checkpoints that cannot break, and errors for people."""
+
+import logging
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_modules.cli.checkpoints import AtomicCheckpointIO, check_checkpoint
+from lightning_modules.cli.machine import check_machine
+from lightning_modules.cli.parser import LimelightParser
+from lightning_modules.cli.run_folder import RUNS, RunLogger, SaveRun, check_writable, last_checkpoint, run_name
+
+ROOT = Path(__file__).parents[2]
+OURS = tuple(str(ROOT / room) for room in ("lightning_modules", "datamodules", "callbacks", "main.py"))
+
+
+class App(LimelightParser):
+    """Parses, checks, builds and runs one command."""
+
+    def before_instantiate_classes(self) -> None:
+        """Everything that can be wrong with a run and is known before a model is built."""
+        config = self.config[self.subcommand]
+        config.name = run_name(config.name, config.config)
+        self.save_config_callback = SaveRun
+        check_machine(config.trainer)
+        check_writable(RUNS / config.name)
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(last_checkpoint(RUNS / config.name))
+        if config.ckpt_path is not None and "://" not in config.ckpt_path:
+            check_checkpoint(Path(config.ckpt_path))
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        further = config["logger"] if isinstance(config["logger"], list) else [config["logger"]]
+        name = self.config[self.subcommand].name
+        config["logger"] = [RunLogger(name), *(logger for logger in further if isinstance(logger, Logger))]
+        config["callbacks"] = config["callbacks"] or []
+        if not isinstance(config["callbacks"], list):
+            config["callbacks"] = [config["callbacks"]]
+        watched = any(isinstance(callback, ProgressBar) for callback in config["callbacks"])
+        if config["enable_progress_bar"] is not False and not watched:
+            # A terminal is redrawn; a log file gets a line now and then.
+            bar = RichProgressBar() if sys.stdout.isatty() else TQDMProgressBar(refresh_rate=50)
+            config["callbacks"].append(bar)
+        trainer = super()._instantiate_trainer(config, callbacks)
+        # FSDP2 and DeepSpeed write folders of shards in their own way.
+        writes_files = type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy)
+        if writes_files and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        super()._run_subcommand(subcommand)
+        rank_zero_info(f"The run's folder is {self.trainer.log_dir}")
+
+    def after_fit(self) -> None:
+        if self.config.fit.evaluate:
+            self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+def run(args: list[str] | None = None) -> App:
+    """Run one command; a user's mistake ends the process with one message and no traceback.
+
+    Args:
+        args: As on the command line, without the program's name. None takes them from there.
+    """
+    # Lightning advertises further packages at every start.
+    rank_zero_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero_log.addFilter(lambda record: "litlogger" not in record.msg and "litmodels" not in record.msg)
+    try:
+        return App(args)
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if not is_users_mistake(error) or os.environ.get("LIMELIGHT_TRACEBACK") == "1":
+            raise
+        sys.stderr.write(f"error: {message_of(error)}\n")
+        raise SystemExit(1) from None
+
+
+def is_users_mistake(error: Exception) -> bool:
+    """Whether our own code raised the error on purpose: libraries' errors and bugs keep their traceback."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    if is_from_worker(error):
+        files = re.findall(r'File "([^"]+)", line \d+', str(error))
+        return bool(files) and files[-1].startswith(OURS)
+    return frames[-1].filename.startswith(OURS)
+
+
+def is_from_worker(error: Exception) -> bool:
+    return re.match(r"Caught \w+ in DataLoader worker process", str(error)) is not None
+
+
+def message_of(error: Exception) -> str:
+    """The message; of an error that a data worker passed on, the part after its traceback."""
+    if is_from_worker(error):
+        return re.split(rf"\n{type(error).__name__}: ", str(error))[-1].strip()
+    return str(error)
