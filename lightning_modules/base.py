@@ -159,7 +159,7 @@ class AlignmentModule(pl.LightningModule):
             self._window[name] = self._window.get(name, 0.0) + value.detach().float() * share
         if self.trainer.fit_loop._should_accumulate():
             return
-        if self.trainer.fit_loop.epoch_loop._logger_connector.should_update_logs:
+        if self.trainer._logger_connector.should_update_logs:
             self._stop_on_non_finite(self._window)
         for name, value in self._window.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)

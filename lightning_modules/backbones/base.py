@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from lightning_modules.functional.latents import sample_posterior
 from lightning_modules.functional.noise import PredictionType, add_noise, regression_target, to_x0
 
 
@@ -232,18 +233,16 @@ class Backbone(nn.Module):
                 [self.vae.encode(chunk).latent_dist.parameters for chunk in images.split(self.chunk_size)]
             )
         mean, logvar = moments.float().chunk(2, dim=1)
-        return self.latents_from_moments(mean, logvar, torch.randn_like(mean))
+        return sample_posterior(mean, logvar, torch.randn_like(mean), self.vae.config.scaling_factor, self.shift_factor)
 
-    def latents_from_moments(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-        """z = (mean + exp(logvar / 2) noise - shift) * scale, the log-variance clamped to [-30, 20] as in diffusers."""
-        config = self.vae.config
-        sample = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
-        return (sample - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+    @property
+    def shift_factor(self) -> float:
+        """The VAE's shift of latents; families before SD3 have none."""
+        return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents -> (B, 3, H, W) float32 images, nominally in [-1, 1]; gradients flow through."""
-        config = self.vae.config
-        z = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        z = latents / self.vae.config.scaling_factor + self.shift_factor
         with self.autocast():
             return torch.cat([self.vae.decode(chunk).sample for chunk in z.split(self.chunk_size)]).float()
 
