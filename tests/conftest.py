@@ -1,0 +1,24 @@
+"""Shared fixtures: one tiny pipeline of each family, saved once per session as users have theirs on disk."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from tests.tiny import save_sd15
+
+
+@pytest.fixture(scope="session")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Stable Diffusion 1.5 pipeline."""
+    return save_sd15(tmp_path_factory.mktemp("sd15"))
+
+
+@pytest.fixture(scope="session")
+def sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random pipeline with v-prediction, like Stable Diffusion 2.1."""
+    return save_sd15(tmp_path_factory.mktemp("sd21"), prediction_type="v_prediction")
