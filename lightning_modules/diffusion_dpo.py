@@ -150,7 +150,7 @@ class DiffusionDPO(AlignmentModule):
         self.validation_draws = validation_draws
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        prompts = drop_prompts(batch["prompts"], torch.rand(len(batch["prompts"])), self.prompt_dropout)
+        prompts = drop_prompts(batch["prompts"], torch.rand(len(batch["prompts"]), device="cpu"), self.prompt_dropout)
         latents = self.backbone.encode_images(batch["images"])  # (2B, C, h, w), preferred first
         condition = self.backbone.encode_prompts(prompts).repeat_pair()
 

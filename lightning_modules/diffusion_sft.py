@@ -45,7 +45,7 @@ class DiffusionSFT(AlignmentModule):
         self.noise_offset = noise_offset
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        prompts = drop_prompts(batch["prompts"], torch.rand(len(batch["prompts"])), self.prompt_dropout)
+        prompts = drop_prompts(batch["prompts"], torch.rand(len(batch["prompts"]), device="cpu"), self.prompt_dropout)
         loss = self.denoising_loss(batch["images"], prompts)
         self.log_window({"loss": loss})
         return loss

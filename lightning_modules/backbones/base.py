@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lightning_modules.functional.latents import sample_posterior
-from lightning_modules.functional.noise import PredictionType, add_noise, regression_target, to_x0
+from lightning_modules.functional.noise import PredictionType, add_noise, draw_noise, regression_target, to_x0
 
 
 class Conditioning(dict[str, Tensor]):
@@ -233,7 +233,7 @@ class Backbone(nn.Module):
                 [self.vae.encode(chunk).latent_dist.parameters for chunk in images.split(self.chunk_size)]
             )
         mean, logvar = moments.float().chunk(2, dim=1)
-        return sample_posterior(mean, logvar, torch.randn_like(mean), self.vae.config.scaling_factor, self.shift_factor)
+        return sample_posterior(mean, logvar, draw_noise(mean), self.vae.config.scaling_factor, self.shift_factor)
 
     @property
     def shift_factor(self) -> float:
@@ -441,14 +441,14 @@ def check_model_path(option: str, path: str, needed: str, subfolders: tuple[str,
         ValueError: naming the option, the path, and what was expected there.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if path and folder.is_dir():
         if any((folder / part / needed).is_file() for part in ("", *subfolders)):
             return
         raise ValueError(
             f"{option}: the folder {path!r} has no {needed}; expected a folder written by diffusers' "
             f"`save_pretrained`. It holds: {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}."
         )
-    if folder.exists():
+    if folder.is_file():
         raise ValueError(
             f"{option}: {path!r} is a file; expected a folder written by diffusers' `save_pretrained`, or a hub id. "
             "A single-file checkpoint can be converted with diffusers' `from_single_file(...).save_pretrained(...)`."

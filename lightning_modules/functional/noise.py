@@ -24,7 +24,8 @@ def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
 
 def draw_noise(like: Tensor, offset: float = 0.0) -> Tensor:
     """Standard normal noise, (B, C, h, w) like `like`, plus `offset` times one draw per sample and channel."""
-    noise = torch.randn_like(like)
+    # Not randn_like, which fills in memory order: the same seed would give other noise for another memory format.
+    noise = torch.randn(like.shape, device=like.device, dtype=like.dtype)
     if offset:
         noise = noise + offset * torch.randn(*like.shape[:2], 1, 1, device=like.device, dtype=like.dtype)
     return noise

@@ -1,0 +1,52 @@
+"""What one Diffusion-DPO step costs at real size, counted on the meta device."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_modules.backbones.sd15 import SD15
+from lightning_modules.diffusion_dpo import DiffusionDPO
+from tests.real_size import save_sd15_configs
+
+
+def build(folder, lora: bool) -> DiffusionDPO:
+    backbone = SD15(str(folder), lora=LoraConfig(r=8, lora_alpha=8) if lora else None)
+    module = DiffusionDPO(backbone)
+    with torch.device("meta"):
+        backbone.load(keep_reference=True, weights=False)
+    return module
+
+
+def count_step(module: DiffusionDPO, from_pixels: bool) -> float:
+    """TFLOP of one training step on one pair: forward and backward of the policy, forward of the reference."""
+    module.log_window = lambda metrics: None
+    images, ones = torch.empty(2, 3, 512, 512, device="meta"), torch.ones(1, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        if not from_pixels:
+            module.backbone.encode_images = lambda images: torch.empty(2, 4, 64, 64, device="meta")
+        batch = {"images": images, "prompts": ["a"], "label": ones, "weight": ones}
+        module.training_step(batch, 0).backward()
+    return counter.get_total_flops() / 1e12
+
+
+@pytest.fixture(scope="module")
+def sd15_configs(tmp_path_factory):
+    return save_sd15_configs(tmp_path_factory.mktemp("real") / "sd15")
+
+
+def test_real_size_full_fine_tuning(sd15_configs):
+    module = build(sd15_configs, lora=False)
+    assert sum(p.numel() for p in module.trained_parameters().values()) == 859_520_964
+    assert sum(p.numel() for p in module.backbone.text_encoder.parameters()) == 123_060_480
+    assert count_step(module, from_pixels=True) <= 8.75
+    latents = count_step(module, from_pixels=False)
+    assert 6.3 <= latents <= 6.5  # below: a forward pass would be missing
+
+
+def test_real_size_lora(sd15_configs):
+    module = build(sd15_configs, lora=True)
+    assert sum(p.numel() for p in module.trained_parameters().values()) == 1_594_368
+    total = sum(p.numel() for n, p in module.backbone.named_parameters() if "unet" in n or "denoiser" in n)
+    assert total == 859_520_964 + 1_594_368  # one copy of the UNet
+    assert count_step(module, from_pixels=False) <= 5.1  # spec, section 17: 3.44 for the policy, 1.61 for the reference
