@@ -1,0 +1,238 @@
+"""The order of the samples, as a function of the seed and of the position in one endless stream.
+
+    position p lies in pass p // n over the data and is row permutation(seed, pass)[p % n]
+    micro-batch k holds positions k * B ... (k + 1) * B - 1 and goes to rank k % world size
+
+So neither the number of workers nor an interruption changes what is seen, and two ranks see together what one rank sees
+with twice the accumulation.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+
+def pass_order(seed: int, number: int, num_samples: int) -> np.ndarray:
+    """Order of the rows in one pass over the data.
+
+    Args:
+        seed: Seed of the run.
+        number: Number of the pass, from 0.
+        num_samples: Rows of the data set.
+
+    Returns:
+        (num_samples,) permutation.
+    """
+    return np.random.default_rng([seed, 0, number]).permutation(num_samples)
+
+
+def sample_generator(seed: int, position: int) -> np.random.Generator:
+    """Randomness of one visit to one sample: its crop, flip and choice of caption.
+
+    Args:
+        seed: Seed of the run.
+        position: Position of the visit in the endless stream.
+    """
+    return np.random.default_rng([seed, 1, position])
+
+
+class StreamSampler(DistributedSampler):
+    """Yields (row, position) of one Lightning epoch for one rank, from wherever the stream stands.
+
+    A Lightning epoch is a whole number of optimizer steps; the next one continues where it ended, so that no row is
+    dropped and no optimizer step is cut short. It is a DistributedSampler so that Lightning does not replace it.
+
+    Args:
+        dataset: The training data.
+        batch_size: Samples per rank and micro-batch.
+        accumulate_grad_batches: Micro-batches per optimizer step.
+        num_replicas: Number of ranks.
+        rank: This rank.
+        seed: Seed of the run.
+        start: Says, at the begin of every iteration, how many samples all ranks have seen together.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        batch_size: int,
+        accumulate_grad_batches: int,
+        num_replicas: int,
+        rank: int,
+        seed: int,
+        start: Callable[[], int],
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)
+        self.batch_size = batch_size
+        window = batch_size * num_replicas * accumulate_grad_batches
+        self.num_batches = max(1, len(dataset) // window) * accumulate_grad_batches
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        # Always a whole epoch from here: of a resumed epoch the Trainer takes only the rest.
+        start, num_rows = self.start(), len(self.dataset)
+        number, order = -1, None
+        for batch in range(self.rank, self.num_batches * self.num_replicas, self.num_replicas):
+            for position in range(start + batch * self.batch_size, start + (batch + 1) * self.batch_size):
+                if position // num_rows != number:
+                    number = position // num_rows
+                    order = pass_order(self.seed, number, num_rows)
+                yield int(order[position % num_rows]), position
+
+
+class EvaluationSampler(DistributedSampler):
+    """Deals every row to exactly one rank, in order and without padding.
+
+    Args:
+        dataset: The validation, test or prediction data.
+        num_replicas: Number of ranks.
+        rank: This rank.
+    """
+
+    def __init__(self, dataset: Sized, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+
+class StreamLoader(DataLoader):
+    """A DataLoader that Lightning may resume in the middle of an epoch; the DataModule knows the position."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class ResumableDataModule(LightningDataModule):
+    """Keeps the position of training in the endless stream, and with it the checkpoint's promise to resume exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._restored: dict[str, Any] | None = None
+        self._batch_size = 0
+        self._num_rows = 0
+
+    @property
+    def run_seed(self) -> int:
+        """Seed of the run: `seed_everything`, or after a resume the seed in the checkpoint."""
+        return self._restored["seed"] if self._restored else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples that all ranks together have trained on since the run began."""
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if self._restored is None:
+            return batches * self._batch_size * self.trainer.world_size
+        # The batches since the checkpoint may be of another size than those before it.
+        since = batches - self._restored["batches_seen"]
+        return self._restored["samples_seen"] + since * self._batch_size * self.trainer.world_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seed": self.run_seed,
+            "rows": self._num_rows,
+            "samples_seen": self.samples_seen,
+            "batches_seen": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,
+            "batch_size": self._batch_size,
+            "world_size": self.trainer.world_size,
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["seed"] != self.run_seed:
+            rank_zero_warn(
+                f"The checkpoint was trained with seed {state_dict['seed']}, this run has seed {self.run_seed}; the "
+                f"data keep the order of the former. Set `seed_everything: {state_dict['seed']}` to agree with it."
+            )
+        self._restored = dict(state_dict)
+
+    def stream_loader(
+        self, dataset: Dataset, batch_size: int, num_workers: int, collate: Callable[[list], Any]
+    ) -> StreamLoader:
+        """The training loader: one Lightning epoch from the place where training stands.
+
+        Args:
+            dataset: Map-style data set whose items are asked for by (row, position).
+            batch_size: Samples per device and micro-batch.
+            num_workers: Processes that load data.
+            collate: Makes a batch of a list of samples.
+        """
+        trainer, num_rows = self.trainer, len(dataset)
+        if batch_size > num_rows:
+            raise ValueError(
+                f"batch_size is {batch_size}, but the training data have only {num_rows} rows. Lower batch_size, or "
+                "loosen what drops rows (the log counts them)."
+            )
+        if self._restored is not None and self._restored["rows"] != num_rows:
+            raise ValueError(
+                f"The checkpoint was trained on {self._restored['rows']} rows, this data set has {num_rows}: the order "
+                "of samples cannot be continued. Give the data set and filters of the first run, or start a new run "
+                "from its exported weights."
+            )
+        self._batch_size, self._num_rows = batch_size, num_rows
+        sampler = StreamSampler(
+            dataset,
+            batch_size,
+            trainer.accumulate_grad_batches,
+            trainer.world_size,
+            trainer.global_rank,
+            self.run_seed,
+            start=lambda: self.samples_seen,
+        )
+        if self._restored is not None:
+            now = {
+                "batch_size": batch_size,
+                "world_size": trainer.world_size,
+                "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            }
+            changed = [
+                f"{name} {self._restored[name]} -> {now[name]}" for name in now if self._restored[name] != now[name]
+            ]
+            seen = self.samples_seen
+            rank_zero_info(
+                f"Data: resuming after {seen} samples (pass {seen // num_rows + 1}, {seen % num_rows} of "
+                f"{num_rows} rows)"
+                + (f"; changed since the checkpoint: {', '.join(changed)}; no sample is skipped" if changed else "")
+            )
+        return StreamLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=True,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+        )
+
+
+def evaluation_loader(
+    trainer: Trainer, dataset: Dataset, batch_size: int, num_workers: int, collate: Callable[[list], Any]
+) -> DataLoader:
+    """A loader that shows every row once, over all ranks, the last batch partial.
+
+    Args:
+        trainer: Knows the ranks.
+        dataset: Map-style data set whose items are asked for by row.
+        batch_size: Samples per device.
+        num_workers: Processes that load data.
+        collate: Makes a batch of a list of samples.
+    """
+    sampler = EvaluationSampler(dataset, trainer.world_size, trainer.global_rank)
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate)

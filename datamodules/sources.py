@@ -1,0 +1,280 @@
+"""Rows from wherever users keep them: hub, parquet, JSONL, folders of images; every row knows its file and number."""
+
+import glob
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "test", "validation_unique", "test_unique")
+
+
+@dataclass
+class Rows:
+    """A table and the place of each of its rows.
+
+    Attributes:
+        dataset: The columns that were asked for, memory-mapped where they come from parquet or the hub.
+        files: Names of the files (or the hub id and split) in the order of their rows.
+        starts: First row of each file.
+        lines: Line number of each row, for JSONL.
+        root: Folder that image paths are relative to.
+    """
+
+    dataset: "datasets.Dataset"
+    files: list[str]
+    starts: list[int]
+    lines: list[int] | None = None
+    root: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def place(self, row: int) -> tuple[str, int]:
+        """File of a row and its number there: lines count from 1, rows from 0."""
+        if self.lines is not None:
+            return self.files[0], self.lines[row]
+        file = bisect_right(self.starts, row) - 1
+        return self.files[file], row - self.starts[file]
+
+    def where(self, row: int) -> str:
+        """For error messages."""
+        file, number = self.place(row)
+        return f"{file}, {'row' if self.lines is None else 'line'} {number}"
+
+    def id(self, row: int) -> str:
+        """For batches: the file's name and the row in it."""
+        file, number = self.place(row)
+        return f"{os.path.basename(file)}:{number}"
+
+    def column(self, name: str) -> "pa.ChunkedArray":
+        """One whole column, without reading any other."""
+        return self.dataset.select_columns([name]).with_format("arrow")[:].column(name)
+
+
+def load_rows(source: str, split: str, subset: str | None, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+    """Open a data set.
+
+    Args:
+        source: Hub id; parquet file, glob or folder; JSONL file; folder of images (see `PickAPicDataModule`).
+        split: Name of the split.
+        subset: Name of the hub data set's configuration.
+        choose: Given the source's name and its columns, says which to read, or raises.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _load_folder(path, split, choose)
+    if path.is_file():
+        _only_train(source, split, {_stem(path), "train"})
+        return _load_file(path, choose)
+    if glob.has_magic(source):
+        files = sorted(Path(name) for name in glob.glob(os.path.expanduser(source), recursive=True))
+        if not files:
+            raise FileNotFoundError(f"No file matches {source!r}. The pattern is relative to {os.getcwd()}.")
+        _only_train(source, split, {"train"})
+        return _load_parquet(files, choose)
+    if source.count("/") == 1 and source[0] not in "./~" and not source.endswith((".parquet", ".jsonl")):
+        return _load_hub(source, split, subset, choose)
+    raise FileNotFoundError(
+        f"{source!r} does not exist (looked in {os.getcwd()}). Expected a parquet file, glob or folder, a JSONL file, "
+        "a folder of images, or a hub id such as 'owner/name'."
+    )
+
+
+def _only_train(source: str, split: str, available: set[str]) -> None:
+    if split not in available:
+        raise ValueError(
+            f"{source}: unknown split {split!r}; available: {', '.join(sorted(available))}. One file is one split: put "
+            "the files of several splits into one folder, named train.parquet, validation.parquet and so on, and give "
+            "the folder as source."
+        )
+
+
+def _stem(path: Path) -> str:
+    """Name of a file without its number: `train` for train.parquet and for train-00000-of-00012.parquet."""
+    return re.sub(r"[-_.]\d+([-_]of[-_]\d+)?$", "", path.stem)
+
+
+def _load_folder(folder: Path, split: str, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+    subfolders = [name for name in SPLIT_NAMES if (folder / name).is_dir()]
+    if (folder / split).is_dir():
+        folder = folder / split
+        files = sorted(folder.rglob("*.parquet")) or sorted(folder.glob("*.jsonl"))
+    else:
+        files = sorted(folder.rglob("*.parquet")) or sorted(folder.glob("*.jsonl"))
+        named = [file for file in files if _stem(file) == split]
+        available = ({_stem(file) for file in files} & set(SPLIT_NAMES)) | set(subfolders)
+        if not named and (split != "train" or available):
+            raise ValueError(
+                f"{folder}: unknown split {split!r}; available: {', '.join(sorted(available or {'train'}))}. A split "
+                f"is a sub-folder {split}/ or files named {split}.parquet, {split}-00000.parquet or {split}.jsonl."
+            )
+        files = named or files
+    if not files:
+        return _load_images(folder, choose)
+    if files[0].suffix == ".parquet":
+        return _load_parquet(files, choose)
+    if len(files) > 1:
+        raise ValueError(f"{folder}: {len(files)} JSONL files ({files[0].name}, {files[1].name}, ...); expected one.")
+    return _load_jsonl(files[0], choose)
+
+
+def _load_file(path: Path, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+    if path.suffix == ".parquet":
+        return _load_parquet([path], choose)
+    if path.suffix == ".jsonl":
+        return _load_jsonl(path, choose)
+    raise ValueError(f"{path}: files of type {path.suffix or '(none)'!r} are not read; expected .parquet or .jsonl.")
+
+
+def _load_hub(source: str, split: str, subset: str | None, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(source, subset, split=split)
+    except (OSError, ValueError) as error:  # not found, no network, gated, unknown split or configuration
+        raise ValueError(
+            f"Hub data set {source!r}, split {split!r}: {error}\nIf this machine has no network, give the path of a "
+            "downloaded copy (a folder of parquet files) as source. Pick-a-Pic has left its first address: any mirror "
+            "with the same columns will do, and `columns` maps other names."
+        ) from error
+    name = f"{source}[{split}]"
+    return Rows(dataset.select_columns(choose(name, dataset.column_names)), [name], [0])
+
+
+def _load_parquet(files: list[Path], choose: Callable[[str, list[str]], list[str]]) -> Rows:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    starts, total, columns, first = [], 0, [], None
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as parquet:
+                schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{file}: not a readable parquet file ({error}). Copy or download it again; its size is "
+                f"{file.stat().st_size} bytes."
+            ) from error
+        columns = choose(str(file), schema.names)
+        types = {name: schema.field(name).type for name in columns}
+        first = first or types
+        if types != first:
+            name = next(name for name in columns if types[name] != first[name])
+            raise ValueError(
+                f"{file}: column {name!r} has type {types[name]}, but {first[name]} in {files[0]}. All files of one "
+                "data set must agree."
+            )
+        starts.append(total)
+        total += num_rows
+    if total == 0:
+        raise ValueError(f"{files[0]}{' and further files' if len(files) > 1 else ''}: no rows.")
+    try:
+        dataset = datasets.load_dataset(
+            "parquet", data_files=[glob.escape(str(file.absolute())) for file in files], columns=columns, split="train"
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{files[0].parent}: parquet data are damaged: {error.__cause__ or error}") from error
+    return Rows(dataset, [str(file) for file in files], starts, root=files[0].parent)
+
+
+def _load_jsonl(path: Path, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+    import datasets
+
+    records, lines = [], []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path}, line {number}: not valid JSON ({error}): {line[:80].rstrip()!r}"
+                    ) from error
+                if not isinstance(record, dict):
+                    raise ValueError(
+                        f'{path}, line {number}: expected an object such as {{"caption": ...}}, '
+                        f"got {line[:80].rstrip()!r}"
+                    )
+                records.append(record)
+                lines.append(number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}). Save the file as UTF-8.") from error
+    if not records:
+        raise ValueError(f"{path}: no rows.")
+
+    columns = choose(str(path), list(records[0]))
+    for name in columns:
+        expected = next((_kind(record[name]) for record in records if record.get(name) is not None), None)
+        for record, number in zip(records, lines, strict=True):
+            if name not in record:
+                raise ValueError(f"{path}, line {number}: no {name!r}; found {', '.join(map(repr, record))}.")
+            if record[name] is not None and _kind(record[name]) != expected:
+                raise ValueError(
+                    f"{path}, line {number}: {name!r} is {record[name]!r}, a {_kind(record[name])}; the lines before "
+                    f"have a {expected}."
+                )
+    dataset = datasets.Dataset.from_dict({name: [record[name] for record in records] for name in columns})
+    return Rows(dataset, [str(path)], [0], lines, root=path.parent)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, (int, float)):
+        return "number"
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "list of strings"
+    return {"str": "string"}.get(type(value).__name__, type(value).__name__)
+
+
+def _load_images(folder: Path, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+    """A folder of `<name>_w.png`, `<name>_l.png`, `<name>.txt`; or of `<name>.png`, `<name>.txt`."""
+    import datasets
+
+    images = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES}
+    captions = {file.stem: file for file in sorted(folder.glob("*.txt"))}
+    if not images:
+        raise ValueError(
+            f"{folder}: no data. Expected parquet files, a JSONL file, or images <name>_w.png (preferred), "
+            "<name>_l.png (the other one) and their caption <name>.txt."
+        )
+    pairs = any(stem.endswith(("_w", "_l")) for stem in images)
+    names = sorted({stem[:-2] if pairs else stem for stem in images} | set(captions))
+    columns: dict[str, list[Any]] = {"caption": [], "image": []}
+    if pairs:
+        columns = {"caption": [], "jpg_0": [], "jpg_1": [], "label_0": [1.0] * len(names)}
+    for name in names:
+        parts = {"caption": captions.get(name)}
+        parts |= (
+            {"jpg_0": images.get(f"{name}_w"), "jpg_1": images.get(f"{name}_l")}
+            if pairs
+            else {"image": images.get(name)}
+        )
+        for part, file in parts.items():
+            if file is None:
+                stem = {"caption": f"{name}.txt", "jpg_0": f"{name}_w.png", "jpg_1": f"{name}_l.png"}.get(
+                    part, f"{name}.png"
+                )
+                raise ValueError(
+                    f"{folder}: {name!r} has no {stem}; every pair needs <name>_w, <name>_l and <name>.txt."
+                )
+            try:
+                columns[part].append(file.read_text(encoding="utf-8").strip() if part == "caption" else file.name)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file}: not UTF-8 ({error}). Save the caption as UTF-8.") from error
+    chosen = choose(str(folder), list(columns))
+    dataset = datasets.Dataset.from_dict({name: columns[name] for name in chosen})
+    return Rows(dataset, [str(folder / name) for name in names], list(range(len(names))), root=folder)
