@@ -28,6 +28,11 @@ class OracleScores:
     layout: Tensor
     purity: Tensor  # share of what is coloured that the caption asked for
 
+    @property
+    def both(self) -> Tensor:
+        """Match and vividness in one number; vividness alone can at most double it, so that match comes first."""
+        return self.match * (0.5 + 0.5 * self.vividness)
+
 
 def judge(images: Tensor, captions: list[str]) -> OracleScores:
     """Judge pictures against captions.

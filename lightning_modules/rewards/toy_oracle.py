@@ -1,0 +1,27 @@
+"""The toy world's pixel oracle as a reward."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from datamodules.toy_world.oracle import judge
+from lightning_modules.rewards.base import Reward
+
+
+class ToyOracle(Reward):
+    """Reads from the pixels what the toy world's preferences are about. Understands captions of the toy world only.
+
+    Args:
+        part: "match", how well a picture shows its caption; "strict", 1 where everything is right, else 0; "vividness",
+            the saturation and brightness of the coloured shapes, which captions never mention; "both",
+            match * (0.5 + 0.5 * vividness). All lie in [0, 1].
+    """
+
+    def __init__(self, part: Literal["match", "strict", "vividness", "both"] = "match") -> None:
+        super().__init__()
+        if part not in ("match", "strict", "vividness", "both"):
+            raise ValueError(f"ToyOracle: part is {part!r}; expected match, strict, vividness or both.")
+        self.part = part
+
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return getattr(judge(images, prompts), self.part)
