@@ -21,7 +21,8 @@ BOOTSTRAP_SEED = 0
 
 def wins(tuned: Tensor, base: Tensor) -> Tensor:
     """1 where the tuned score is higher, 0 where the base score is, one half for a tie; NaN stays NaN."""
-    return 0.5 + 0.5 * torch.sign(tuned.double() - base.double())
+    difference = tuned.double() - base.double()
+    return torch.where(difference.isnan(), difference, 0.5 + 0.5 * difference.sign())
 
 
 def means_by_group(values: Tensor, groups: Tensor) -> Tensor:

@@ -125,6 +125,11 @@ def load_exported_denoiser(backbone: Backbone, folder: Path) -> nn.Module:
     if backbone.lora is None:
         pipeline = type(backbone.pipeline).from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
     else:
+        from diffusers.utils import logging
+
         pipeline = backbone._load_pipeline()
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns, at length, that the file has nothing for the text encoder
         pipeline.load_lora_weights(folder)
+        logging.set_verbosity(verbosity)
     return getattr(pipeline, backbone.denoiser_name).eval().to(backbone.device)
