@@ -4,6 +4,10 @@ python main.py fit --config cli_configs/toy/dpo.yaml
 python main.py --help
 """
 
+import sys
+
+from lightning_modules.cli import quick
+
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
@@ -11,7 +15,11 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: As on the command line, without the program's name. None takes them from there.
     """
-    from lightning_modules.cli.app import run
+    if args is None:
+        status = quick.answer()
+        if status is not None:
+            sys.exit(status)
+    from lightning_modules.cli.app import run  # imports torch: seconds that help and errors need not wait for
 
     run(args)
 

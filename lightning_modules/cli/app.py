@@ -20,6 +20,7 @@ from lightning_modules.cli.checkpoints import AtomicCheckpointIO, check_checkpoi
 from lightning_modules.cli.machine import check_machine
 from lightning_modules.cli.parser import LimelightParser
 from lightning_modules.cli.run_folder import RUNS, RunLogger, SaveRun, check_writable, last_checkpoint, run_name
+from lightning_modules.cli.schema import import_rooms, save_schema
 
 ROOT = Path(__file__).parents[2]
 OURS = tuple(str(ROOT / room) for room in ("lightning_modules", "datamodules", "callbacks", "main.py"))
@@ -80,6 +81,8 @@ def run(args: list[str] | None = None) -> App:
     # Lightning advertises further packages at every start.
     rank_zero_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     rank_zero_log.addFilter(lambda record: "litlogger" not in record.msg and "litmodels" not in record.msg)
+    if import_rooms() and args is None and "LOCAL_RANK" not in os.environ:
+        save_schema()
     try:
         return App(args)
     except (ValueError, OSError, MisconfigurationException) as error:

@@ -5,10 +5,14 @@ import importlib
 import inspect
 import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_modules.cli.quick import Parsed
 
 COMMANDS = {
     "fit": "Train a model; with `evaluate: true`, test the final weights afterwards.",
@@ -16,48 +20,94 @@ COMMANDS = {
     "test": "Make images of the base and the tuned model at the same seeds, and score both.",
     "predict": "Write the images of a prompt file.",
 }
-# Lines of a jsonargparse message that repeat the whole value or list what a union also could have been.
+# Lines of a jsonargparse message that repeat the whole value, or list what a union could also have been.
 NOISE = re.compile(
-    r"^\s*(-\s)?(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|"
+    r"^\s*(-\s)?(Does not validate against|Subtypes:|Errors:|Given value type|Expected a <class 'NoneType'>|"
     r"Not a valid subclass|Subclass types expect|- a (class path|dict))"
 )
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are short and name the closest accepted key."""
+    """A parser whose errors are short and name the place, and the closest accepted key."""
+
+    reading: list[str] = []  # the config files that are being read, for the error message
+
+    def parse_path(self, path: Any, **kwargs: Any) -> Any:
+        self.reading.append(str(path))
+        refuse_repeated_keys(self, path)
+        config = super().parse_path(path, **kwargs)
+        self.reading.pop()
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # the parser of a nested class: the outer one reports
+            super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        lines = shortened(message)
-        hint = suggestion(message, parser)
+        where = f"{self.reading[-1]}: " if self.reading else ""
+        self.reading.clear()
         prog = parser.prog.replace(" [options]", "")
-        sys.stderr.write(f"error: {lines}\n{hint}tip: all options are listed by `{prog} --help`\n")
+        sys.stderr.write(f"error: {where}{readable(message)}\n{suggestion(message, parser)}")
+        sys.stderr.write(f"All options: {prog} --help\n")
         raise SystemExit(2)
 
 
-def shortened(message: str) -> str:
-    """The lines of a jsonargparse message that say where and what, without those that repeat the whole value."""
-    lines = [line for line in message.splitlines() if line.strip()]
-    if re.search(r"Problem with given class_path|does not correspond to a subclass|Expected a .*Got value", message):
-        lines = [line for line in lines if not NOISE.match(line)]
-    text = "\n".join(line if len(line) <= 240 else line[:240] + " ..." for line in lines[:25])
-    text = re.sub(r"\. Got value: Namespace\(.*", "", text)
-    text = re.sub(r"<class '(\w+)'>", r"\1", text)
-    text = re.sub(r'Parser key "([^"]+)":', r"in \1:", text)
-    return re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
+def refuse_repeated_keys(parser: Parser, path: Any) -> None:
+    """YAML keeps the last of two equal keys and says nothing: a whole section would vanish."""
+    try:
+        nodes = [yaml.compose(Path(path).read_text(), yaml.SafeLoader)]
+    except (yaml.YAMLError, OSError):
+        return  # reported by the parser itself
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes.extend(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            for key, value in node.value:
+                if keys.count(key.value) > 1:
+                    parser.error(f"the key {key.value!r} is given twice, again in line {key.start_mark.line + 1}.")
+                nodes.append(value)
+
+
+def readable(message: str) -> str:
+    """A jsonargparse message as one path and what is wrong there, without the dump of the whole value."""
+    if message.startswith("Unexpected config:"):
+        return "is empty or no mapping; expected sections such as `model:`, `data:` and `trainer:`."
+    message = re.sub(r"Got value: Namespace\(.*", "", message)
+    message = re.sub(r"(Type typing\.Callable\S* .*?callable class: )", r"\n", message)
+    path, cls, rest = [], "", []
+    for line in message.splitlines():
+        text = line.strip().removeprefix("- ")
+        if match := re.match(r'Parser key "([^"]+)":\s*(.*)', text):
+            path.append(match[1])
+            text = match[2]
+        elif match := re.match(r"Problem with given class_path '([^']+)':", text):
+            if rest and cls:
+                break  # the other members of the union
+            cls = match[1]
+            continue
+        if text and not NOISE.match(line) and not text.startswith("Given value: {"):
+            rest.append(text if len(text) < 200 else text[:200] + " ...")
+    detail = "\n  ".join(dict.fromkeys(line for line in rest if not (cls and line.startswith("Given value: "))))
+    detail = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", detail).replace("typing.Literal[", "one of [")
+    detail = re.sub(r"Expected an? (\w+)\. Got value: (.*)", r"expected \1, got \2", detail)
+    place = ".init_args.".join(path) + (f" ({cls})" if cls else "")
+    return f"{place}: {detail}" if place else detail
 
 
 def suggestion(message: str, parser: ArgumentParser) -> str:
     """A line with the closest accepted key or class, or nothing."""
     if match := re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", message):
         given = match[1] or match[2]
-        known = [action.dest for action in parser._actions]
-        if not any(key.startswith(given.split(".")[0] + ".") or key == given.split(".")[0] for key in known):
+        known = [action.dest for action in parser._actions if action.dest != "help"]
+        if not any(key.split(".")[0] == given.split(".")[0] for key in known):
             given, known = given.split(".")[0], [key for key in known if "." not in key]
         return closest(given, known)
+    if match := re.search(r"invalid choice: '([^']+)'", message):
+        return closest(match[1], list(COMMANDS))
     if match := re.search(r"Option '([^']+)' is not accepted", message):
-        classes = re.findall(r"class_path=?\s?'([\w.]+)'", message[: match.start()] or message)
-        classes = re.findall(r"Got value: Namespace\(class_path='([\w.]+)'", message[match.end() :]) or classes
+        classes = re.findall(r"class_path '([\w.]+)'", message[: match.start()])
+        classes = re.findall(r"Got value: Namespace\(class_path='([\w.]+)'", message[match.end() :])[:1] or classes
         return closest(match[1].split(".")[-1], accepted_by(classes[-1])) if classes else ""
     if match := re.search(r"class_path '([\w.]+)\.(\w+)':\s+module '[\w.]+' has no attribute", message):
         module = importlib.import_module(match[1])
@@ -81,13 +131,15 @@ def accepted_by(class_path: str) -> list[str]:
 class LimelightParser(LightningCLI):
     """The arguments of every command: LightningCLI's in subclass mode, and ours."""
 
-    def __init__(self, args: Any = None) -> None:
+    def __init__(self, args: Any = None, stop_after_parsing: bool = False, **kwargs: Any) -> None:
+        self.stop_after_parsing = stop_after_parsing
         super().__init__(
             parser_class=Parser,
             parser_kwargs={"description": __doc__},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             args=args,
+            **kwargs,
         )
 
     def add_arguments_to_parser(self, parser: Parser) -> None:
@@ -114,4 +166,6 @@ class LimelightParser(LightningCLI):
             commands.add_subcommand(name, self._subcommand_parsers[name], help=text)
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: the config of a run is its YAML, never a checkpoint's hyperparameters."""
+        """Not as LightningCLI: the config of a run is its YAML, never the hyperparameters of a checkpoint."""
+        if self.stop_after_parsing:
+            raise Parsed
