@@ -48,7 +48,7 @@ class AlignmentModule(pl.LightningModule):
     Args:
         backbone: The diffusion model to train.
         optimizer: Built on the trained parameters only.
-        lr_scheduler: Stepped after every optimizer step. Null keeps the rate constant after the warm-up.
+        lr_scheduler: Begins after the warm-up and is stepped after every optimizer step. Null keeps the rate constant.
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
         warmup_from_zero: Give the first optimizer step learning rate 0, as the published code does.
         scale_lr: Multiply the learning rate by the samples of one optimizer step (per-device batch x accumulation x
@@ -128,10 +128,11 @@ class AlignmentModule(pl.LightningModule):
         def factor(step: int) -> float:
             return warmup_factor(step, self.warmup_steps, self.warmup_from_zero)
 
-        schedulers: list[Any] = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         if self.lr_scheduler is not None:
-            schedulers.append(self.lr_scheduler(optimizer))
-        scheduler = schedulers[0] if len(schedulers) == 1 else torch.optim.lr_scheduler.ChainedScheduler(schedulers)
+            scheduler = torch.optim.lr_scheduler.SequentialLR(
+                optimizer, [scheduler, self.lr_scheduler(optimizer)], milestones=[self.warmup_steps]
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -------------------------------------------------------------------------------------------------- randomness

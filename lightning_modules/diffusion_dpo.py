@@ -109,7 +109,7 @@ class DiffusionDPO(AlignmentModule):
         tie_accuracy: What a pair of margin exactly 0 counts in the implicit accuracy: 0 as in the published script,
             0.5 as in the diffusers LoRA examples.
         validation_draws: Draws of noise and timestep per validation pair whose mean margin classifies it (paper, 5.5).
-        lr_scheduler: Stepped after every optimizer step. Null keeps the rate constant after the warm-up.
+        lr_scheduler: Begins after the warm-up and is stepped after every optimizer step. Null keeps the rate constant.
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
         warmup_from_zero: Give the first optimizer step learning rate 0, as the published code does.
         scale_lr: Multiply the learning rate by the pairs of one optimizer step over all devices, as the published

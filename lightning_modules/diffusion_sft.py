@@ -21,7 +21,7 @@ class DiffusionSFT(AlignmentModule):
         optimizer: Built on the trained parameters only.
         prompt_dropout: Share of captions replaced by the empty one, in [0, 1].
         noise_offset: Standard deviation of an extra noise per image and channel; 0 switches it off.
-        lr_scheduler: Stepped after every optimizer step. Null keeps the rate constant after the warm-up.
+        lr_scheduler: Begins after the warm-up and is stepped after every optimizer step. Null keeps the rate constant.
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
         warmup_from_zero: Give the first optimizer step learning rate 0, as the published code does.
         scale_lr: Multiply the learning rate by the images of one optimizer step over all devices.

@@ -82,6 +82,23 @@ def test_scale_lr_and_warmup_reach_the_optimizer(sd15, tmp_path):
     assert rates == pytest.approx([3e-6, 6e-6, 6e-6])  # 1e-6 x 3 pairs x 2 micro-steps x 1 device, half at first
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+def test_a_schedule_begins_after_the_warmup(sd15, tmp_path, warmup_steps):
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    def cosine(optimizer):
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+
+    module = make_dpo(sd15, lr=1e-6, warmup_steps=warmup_steps, lr_scheduler=cosine)
+    make_trainer(tmp_path, max_steps=warmup_steps + 4, callbacks=[Watch()]).fit(module, datamodule=RandomPairs())
+    expected = [0.5e-6, 1e-6][:warmup_steps] + [1e-6 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    assert rates == pytest.approx(expected)
+
+
 def test_batch_seeds_differ_between_stages_seeds_and_positions():
     seeds = {batch_seed(seed, stage, k) for seed in range(3) for stage in ("train", "validate") for k in range(50)}
     assert len(seeds) == 300
