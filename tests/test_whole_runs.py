@@ -1,0 +1,228 @@
+"""Whole runs as a user starts them: config, parquet pairs and a pipeline on disk; killed, resumed, exported, tested."""
+
+import csv
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from lightning_modules.cli.app import run
+from lightning_modules.rewards.base import Reward
+
+ROOT = Path(__file__).parents[1]
+METHODS = {"dpo": "lightning_modules.diffusion_dpo.DiffusionDPO", "sft": "lightning_modules.diffusion_sft.DiffusionSFT"}
+
+
+class Brightness(Reward):
+    """Mean pixel value."""
+
+    def forward(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+
+class Kill(pl.Callback):
+    """Kills the process without warning after so many micro-batches.
+
+    Args:
+        after: Number of micro-batches.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_pairs(file: Path, number: int) -> Path:
+    """Pick-a-Pic rows with images of odd sizes; every fifth is a tie."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = random.Random(number)
+
+    def picture() -> bytes:
+        buffer = io.BytesIO()
+        size = (rng.randrange(16, 30), rng.randrange(16, 30))
+        Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    labels = [(0.5 if i % 5 == 4 else float(rng.randrange(2))) for i in range(number)]
+    columns = {
+        "caption": [f"picture {i}" for i in range(number)],
+        "jpg_0": [picture() for _ in range(number)],
+        "jpg_1": [picture() for _ in range(number)],
+        "label_0": labels,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), file)
+    return file
+
+
+def config(pretrained: Path, data: Path, method: str = "dpo", lora: bool = True, **settings) -> dict:
+    backbone = {"pretrained": str(pretrained), "num_inference_steps": 2, "chunk_size": 4}
+    if lora:
+        backbone["lora"] = {"r": 2, "lora_alpha": 2, "init_lora_weights": "gaussian"}
+    return {
+        "seed_everything": 5,
+        "model": {
+            "class_path": METHODS[method],
+            "init_args": {
+                "backbone": {"class_path": "lightning_modules.backbones.sd15.SD15", "init_args": backbone},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+                "warmup_steps": 2,
+            },
+        },
+        "data": {
+            "class_path": "datamodules.pickapic.PickAPicDataModule",
+            "init_args": {
+                "source": str(data),
+                "resolution": 16,
+                "batch_size": 2,
+                "random_crop": True,
+                "preferred_only": method == "sft",
+                "num_workers": settings.pop("num_workers", 0),
+                "test_prompts": {"source": str((data if data.is_dir() else data.parent) / "prompts.txt")},
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"},
+                },
+                *settings.pop("callbacks", []),
+            ],
+            **settings,
+        },
+    }
+
+
+def write_config(file: Path, content: dict) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(file)
+
+
+def metrics(folder: Path) -> dict[int, dict[str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return {int(row["step"]): row for row in csv.DictReader(file)}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts.txt").write_text("a red circle\na blue square\nthree rings\n")
+    return write_pairs(tmp_path / "data" / "train.parquet", 17)  # 14 without the ties
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("lora", [True, False])
+def test_fit_saves_resumes_and_exports(method, family, lora, data, tmp_path, request):
+    pretrained = request.getfixturevalue(family)
+    export = {"class_path": "callbacks.export_pipeline.ExportPipeline"}
+    yaml_file = write_config(tmp_path / "c" / "run.yaml", config(pretrained, data, method, lora, callbacks=[export]))
+    whole = Path(run(["fit", "--config", yaml_file, "--trainer.max_steps=4"]).trainer.log_dir)
+    checkpoints = sorted((whole / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == [f"step={k}.ckpt" for k in (1, 2, 3, 4)]
+
+    resumed = run(["fit", "--config", yaml_file, "--trainer.max_steps=4", f"--ckpt_path={checkpoints[1]}"])
+    again = Path(resumed.trainer.log_dir)
+    assert again != whole
+    expected = weights(checkpoints[3])
+    assert all(torch.equal(tensor, expected[k]) for k, tensor in weights(again / "checkpoints/step=4.ckpt").items())
+    assert metrics(again) == {step: row for step, row in metrics(whole).items() if step >= 2}
+    assert len(metrics(again)) == 2
+
+    source = StableDiffusionPipeline.from_pretrained(
+        pretrained if lora else again / "export", safety_checker=None, requires_safety_checker=False
+    )
+    if lora:
+        source.load_lora_weights(again / "export")
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    backbone = resumed.model.backbone
+    condition = backbone.encode_prompts(["a ring"])
+    with torch.no_grad():
+        ours = backbone.predict(x, t, condition)
+        theirs = source.unet(x, t, encoder_hidden_states=condition["prompt_embeds"]).sample
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("workers", "accumulate", "kill_after"), [(0, 1, 9), (2, 3, 11)])
+def test_killed_run_resumes_exactly(workers, accumulate, kill_after, sd15, data, tmp_path):
+    """14 pairs in micro-batches of 2: the kill falls into the second pass, with accumulation inside a window."""
+    options = {"num_workers": workers, "accumulate_grad_batches": accumulate, "max_steps": 12 // accumulate + 1}
+    plain = write_config(tmp_path / "c" / "plain.yaml", config(sd15, data, **options))
+    kill = {"class_path": "tests.test_whole_runs.Kill", "init_args": {"after": kill_after}}
+    killed = write_config(tmp_path / "c" / "killed.yaml", config(sd15, data, callbacks=[kill], **options))
+
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "main.py"), "fit", "--config", killed, "--name=job"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
+    resumed = Path(run(["fit", "--config", plain, "--name=job", "--ckpt_path=last"]).trainer.log_dir)
+    whole = Path(run(["fit", "--config", plain, "--name=whole"]).trainer.log_dir)
+
+    last = f"checkpoints/step={options['max_steps']}.ckpt"
+    expected = weights(whole / last)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed / last).items())
+    steps_before = kill_after // accumulate
+    before, after = metrics(tmp_path / "runs/job/version_0"), metrics(resumed)
+    assert before | after == metrics(whole)
+    assert min(after) <= steps_before
+
+
+def test_validate_test_and_predict_use_the_checkpoint(sd15, data, tmp_path):
+    write_pairs(data.parent / "validation.parquet", 5)
+    rewards = {
+        "brightness": {"class_path": "tests.test_whole_runs.Brightness"},
+    }
+    callbacks = [
+        {"class_path": "callbacks.evaluation.Evaluation", "init_args": {"rewards": rewards}},
+        {"class_path": "callbacks.write_images.WriteImages"},
+    ]
+    content = config(sd15, data.parent, callbacks=callbacks, max_steps=2)
+    content["data"]["init_args"]["validation_split"] = "validation"
+    content["model"]["init_args"]["validation_draws"] = 2
+    yaml_file = write_config(tmp_path / "c" / "run.yaml", content)
+    fitted = run(["fit", "--config", yaml_file, "--evaluate=true"])
+    folder = Path(fitted.trainer.log_dir)
+    after_fit = json.loads((folder / "evaluation" / "results.json").read_text())
+
+    checkpoint = f"--ckpt_path={folder}/checkpoints/step=2.ckpt"
+    tested = Path(run(["test", "--config", yaml_file, checkpoint]).trainer.log_dir)
+    assert json.loads((tested / "evaluation" / "results.json").read_text())["rewards"] == after_fit["rewards"]
+    validated = run(["validate", "--config", yaml_file, checkpoint]).trainer.callback_metrics
+    assert 0.0 <= validated["val/implicit_accuracy"] <= 1.0
+    predicted = Path(run(["predict", "--config", yaml_file, checkpoint]).trainer.log_dir)
+    assert len(list((predicted / "images").glob("*.png"))) == 3
+    base = Path(run(["test", "--config", yaml_file]).trainer.log_dir)  # without a checkpoint: the base against itself
+    result = json.loads((base / "evaluation" / "results.json").read_text())["rewards"]["brightness"]
+    assert result["win_rate"] == 0.5
+    assert result["difference"] == 0.0
