@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
@@ -49,8 +50,6 @@ class SampleImages(FixedPrompts):
         grid.save(self.folder / f"step_{step:06d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                from torchvision.transforms.functional import pil_to_tensor
-
-                logger.experiment.add_image("samples", pil_to_tensor(grid), step)
+                logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
             elif isinstance(logger, WandbLogger):
                 logger.log_image("samples", [grid], step=step)

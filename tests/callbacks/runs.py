@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.batches import PromptBatch
+from datamodules.sampling import evaluation_loader
 from lightning_modules.backbones.sd15 import SD15
 from lightning_modules.diffusion_dpo import DiffusionDPO
 from lightning_modules.rewards.base import Reward
@@ -52,7 +53,7 @@ class Data(RandomPairs):
                 prompts=[self.prompts[i] for i in positions], seeds=[self.seeds[i] for i in positions], index=positions
             )
 
-        return DataLoader(range(len(self.prompts)), batch_size=2, collate_fn=collate)
+        return evaluation_loader(self.trainer, range(len(self.prompts)), 2, 0, collate)
 
     def test_dataloader(self) -> DataLoader:
         return self.prompt_loader()
@@ -61,10 +62,16 @@ class Data(RandomPairs):
         return self.prompt_loader()
 
 
-def make_module(folder: Path, lora: bool = True, lr: float = 1e-2, **settings: Any) -> DiffusionDPO:
+def make_module(
+    folder: Path,
+    lora: bool = True,
+    lr: float = 1e-2,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    **settings: Any,
+) -> DiffusionDPO:
     adapters = LoraConfig(r=2, lora_alpha=4) if lora else None
     backbone = SD15(str(folder), lora=adapters, num_inference_steps=2, **settings)
-    return DiffusionDPO(backbone, beta=2000.0, optimizer=lambda p: torch.optim.AdamW(p, lr=lr))
+    return DiffusionDPO(backbone, beta=2000.0, optimizer=lambda p: optimizer(p, lr=lr))
 
 
 def make_trainer(folder: Path, callbacks: list[pl.Callback], **settings: Any) -> pl.Trainer:
@@ -77,6 +84,7 @@ def make_trainer(folder: Path, callbacks: list[pl.Callback], **settings: Any) ->
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "limit_val_batches": 0,
+        "use_distributed_sampler": False,
     }
     return pl.Trainer(callbacks=callbacks, **(options | settings))
 
