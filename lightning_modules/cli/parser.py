@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -109,9 +108,8 @@ def suggestion(message: str, parser: ArgumentParser) -> str:
         classes = re.findall(r"class_path '([\w.]+)'", message[: match.start()])
         classes = re.findall(r"Got value: Namespace\(class_path='([\w.]+)'", message[match.end() :])[:1] or classes
         return closest(match[1].split(".")[-1], accepted_by(classes[-1])) if classes else ""
-    if match := re.search(r"class_path '([\w.]+)\.(\w+)':\s+module '[\w.]+' has no attribute", message):
-        module = importlib.import_module(match[1])
-        return closest(match[2], [name for name, value in vars(module).items() if inspect.isclass(value)])
+    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        return closest(match[2], [name for name in dir(importlib.import_module(match[1])) if name[0] != "_"])
     return ""
 
 

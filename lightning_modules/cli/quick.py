@@ -71,26 +71,39 @@ def answer() -> int | None:
     if child == 0:
         status = NO_ANSWER
         try:
-            status = parse_with_stubs(pickle.loads(cache_file().read_bytes()))
+            install_stubs(pickle.loads(cache_file().read_bytes()))
+            status = parse()
         finally:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return status if status in (0, 2) else None
 
 
-def parse_with_stubs(schema: dict[str, Any]) -> int:
+def install_stubs(schema: dict[str, Any]) -> None:
+    """Put stubs in the place of torch, lightning and our modules, for the rest of this process."""
+    stubs = Stubs(schema)
+    sys.meta_path.insert(0, stubs)
+    del sys.modules["lightning_modules"]  # its stub knows all names in it
+    from jsonargparse import _parameter_resolvers
+
+    from lightning_modules.cli import parser  # noqa: F401
+
+    stubs.by_signature = _parameter_resolvers.get_parameters_from_pydantic_or_attrs
+    _parameter_resolvers.get_parameters_from_pydantic_or_attrs = stubs.parameters_of
+    stubs.loading = False
+
+
+def parse() -> int:
+    """Parse the command line among stubs; print the answer if it is one.
+
+    Returns:
+        The exit status, or NO_ANSWER if this was a valid run or only the real parser knows.
+    """
+    from lightning_modules.cli.parser import LimelightParser
+
     out, err = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            stubs = Stubs(schema)
-            sys.meta_path.insert(0, stubs)
-            from jsonargparse import _parameter_resolvers
-
-            from lightning_modules.cli.parser import LimelightParser
-
-            stubs.by_signature = _parameter_resolvers.get_parameters_from_pydantic_or_attrs
-            _parameter_resolvers.get_parameters_from_pydantic_or_attrs = stubs.parameters_of
-            stubs.loading = False
             LimelightParser(stop_after_parsing=True)
     except SystemExit as end:
         sys.stdout.write(out.getvalue())
@@ -100,7 +113,7 @@ def parse_with_stubs(schema: dict[str, Any]) -> int:
         return end.code
     except (NoAnswer, Parsed):
         return NO_ANSWER
-    return NO_ANSWER
+    raise AssertionError("the parser stops after parsing")
 
 
 class StubClass(ABCMeta):
@@ -109,9 +122,7 @@ class StubClass(ABCMeta):
     stubs: "Stubs"
 
     def __subclasses__(cls) -> list[type]:
-        if is_real(cls.__module__):
-            return type.__subclasses__(cls)
-        subclasses = cls.stubs.schema["classes"][key_of(cls)]["subclasses"]
+        subclasses = cls.stubs.schema["classes"].get(key_of(cls), {"subclasses": None})["subclasses"]
         if subclasses is None:
             raise NoAnswer
         return [cls.stubs.find(path) for path in subclasses]

@@ -96,14 +96,10 @@ class Recorder:
 
     def add_family(self, cls: type) -> None:
         """Record a class and all its subclasses: each may be named where the class is expected."""
-        path = key_of(cls)
-        if not is_real(cls.__module__):
-            entry = self.add(cls)
-            if entry["subclasses"] is not None or len(list(descendants(cls))) > LARGEST_FAMILY:
-                return
-            entry["subclasses"] = [key_of(subclass) for subclass in cls.__subclasses__() if is_global(subclass)]
-        elif path in self.parameters:
+        entry = self.classes.setdefault(key_of(cls), {"subclasses": None}) if is_real(cls.__module__) else self.add(cls)
+        if entry["subclasses"] is not None or len(list(descendants(cls))) > LARGEST_FAMILY:
             return
+        entry["subclasses"] = [key_of(subclass) for subclass in cls.__subclasses__() if is_global(subclass)]
         self.add_parameters(cls)
         for subclass in filter(is_global, cls.__subclasses__()):
             self.add_family(subclass)
