@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
@@ -119,6 +120,30 @@ class StreamLoader(DataLoader):
         pass
 
 
+def repair_progress(loop: _FitLoop) -> None:
+    """Bring restored counters into a form that Lightning (2.6.6) continues correctly, as often as it is interrupted.
+
+    Three checkpoints need it. One written inside a step: the step is repeated, but counts as begun twice. One written
+    by `on_train_batch_end` of an epoch's last batch: the next epoch would not be counted as begun, and the checkpoints
+    written in it restart it. One written at the end of an epoch when `max_steps` is set and nothing validates: one more
+    batch would be taken as part of the finished epoch, and stepped on although its accumulation window is incomplete.
+    """
+    if not loop.is_resuming:
+        return
+    batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
+    if batches.total.ready > batches.total.processed:
+        for count in (batches.total, batches.current):
+            count.ready = count.started = count.processed
+        batches.is_last_batch = False
+    elif batches.is_last_batch and batches.total.completed < batches.total.processed:
+        batches.increment_completed()
+        epochs.increment_processed()
+        loop.epoch_loop._batches_that_stepped += 1
+    if epochs.current.ready == epochs.current.started == epochs.current.processed:
+        loop._restarting = False
+        loop.epoch_loop.restarting = False
+
+
 class ResumableDataModule(LightningDataModule):
     """Keeps the position of training in the endless stream, and with it the checkpoint's promise to resume exactly."""
 
@@ -186,6 +211,7 @@ class ResumableDataModule(LightningDataModule):
                 "from its exported weights."
             )
         self._batch_size, self._num_rows = batch_size, num_rows
+        repair_progress(trainer.fit_loop)
         sampler = StreamSampler(
             dataset,
             batch_size,
