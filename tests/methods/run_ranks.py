@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig
 
 from lightning_modules.backbones.sd15 import SD15
@@ -46,9 +47,13 @@ def main(settings: dict) -> None:
     pl.seed_everything(settings.get("seed", 3), verbose=False)
     lora = LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian") if settings.get("lora", True) else None
     module = DiffusionDPO(
-        SD15(settings["pretrained"], lora=lora), beta=2000.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)
+        SD15(settings["pretrained"], lora=lora), beta=2000.0, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3)
     )
-    strategy = "ddp" if settings["devices"] > 1 else "auto"
+    strategy = {
+        "auto": "auto",
+        "ddp": "ddp",
+        "fsdp2": ModelParallelStrategy(settings["devices"], 1, save_distributed_checkpoint=False),
+    }[settings["strategy"]]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=settings["devices"],
@@ -63,7 +68,7 @@ def main(settings: dict) -> None:
             ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}"),
             Spy(folder, settings.get("kill_after")),
         ],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[] if settings["strategy"] == "fsdp2" else [AtomicCheckpointIO()],
         enable_progress_bar=False,
         enable_model_summary=False,
     )

@@ -1,0 +1,72 @@
+"""What alignment does to the embedded world, over three seeds: the proofs behind the numbers on the pages.
+
+    pytest -m slow tests/test_effects.py
+
+Each run is the recipe of cli_configs/toy with the options named here; about two minutes each on two cores.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lightning_modules.cli.app import run
+
+ROOT = Path(__file__).parents[1]
+SEEDS = (0, 1, 2)
+MATCH = [
+    "--data.init_args.preference=match",
+    "--model.init_args.beta=100",
+    "--trainer.max_steps=200",
+]
+BOTH = ["--data.init_args.preference=both", "--trainer.max_steps=200"]
+
+
+def evaluate(recipe: str, seed: int, *options: str) -> dict[str, dict]:
+    """Fit a recipe and return its evaluation on held-out captions, by reward."""
+    name = f"effect-{recipe}-{seed}-{abs(hash(options)) % 10**8}"
+    shutil.rmtree(Path("runs") / name, ignore_errors=True)
+    config = f"cli_configs/toy/{recipe}.yaml"
+    fitted = run(["fit", "--config", config, f"--name={name}", f"--seed_everything={seed}", *options])
+    result = json.loads((Path(fitted.trainer.log_dir) / "evaluation" / "results.json").read_text())["rewards"]
+    print(recipe, seed, *options, json.dumps(result))
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("recipe", ["dpo", "dpo_full"])
+def test_vividness_labels_raise_vividness_and_keep_the_match(recipe, seed):
+    result = evaluate(recipe, seed)
+    assert result["vividness"]["win_rate"] >= 0.90
+    assert result["vividness"]["difference"] >= 0.10
+    assert result["match"]["difference"] >= -0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_match_labels_raise_the_match(seed):
+    result = evaluate("dpo_full", seed, *MATCH)
+    assert result["match"]["difference"] >= 0.015
+    assert result["match"]["difference_interval"][0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_both_labels_raise_both(seed):
+    result = evaluate("dpo_full", seed, *BOTH)
+    assert result["match"]["difference"] > 0
+    assert result["vividness"]["difference"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["dpo", "dpo_full"])
+def test_flipped_labels_lose(recipe):
+    result = evaluate(recipe, 0, "--data.init_args.label_noise=1.0")
+    assert result["vividness"]["win_rate_interval"][1] < 0.3
