@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_modules.cli.quick import Parsed
 
+DESCRIPTION = "Align a text-to-image diffusion model with human preference: one YAML is one run."
 COMMANDS = {
     "fit": "Train a model; with `evaluate: true`, test the final weights afterwards.",
     "validate": "Compute the validation metrics of a model or a checkpoint.",
@@ -45,6 +46,7 @@ class Parser(LightningArgumentParser):
         where = f"{self.reading[-1]}: " if self.reading else ""
         self.reading.clear()
         prog = parser.prog.replace(" [options]", "")
+        message = message.replace('expected "subcommand" to be one of', "expected a command, one of")
         sys.stderr.write(f"error: {where}{readable(message)}\n{suggestion(message, parser)}")
         sys.stderr.write(f"All options: {prog} --help\n")
         raise SystemExit(2)
@@ -61,10 +63,11 @@ def refuse_repeated_keys(parser: Parser, path: Any) -> None:
         if isinstance(node, yaml.SequenceNode):
             nodes.extend(node.value)
         elif isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value]
+            seen = set()
             for key, value in node.value:
-                if keys.count(key.value) > 1:
+                if key.value in seen:
                     parser.error(f"the key {key.value!r} is given twice, again in line {key.start_mark.line + 1}.")
+                seen.add(key.value)
                 nodes.append(value)
 
 
@@ -79,15 +82,15 @@ def readable(message: str) -> str:
         text = line.strip().removeprefix("- ")
         if match := re.match(r'Parser key "([^"]+)":\s*(.*)', text):
             path.append(match[1])
-            text = match[2]
+            cls, text = "", match[2]
         elif match := re.match(r"Problem with given class_path '([^']+)':", text):
-            if rest and cls:
+            if rest:
                 break  # the other members of the union
             cls = match[1]
             continue
-        if text and not NOISE.match(line) and not text.startswith("Given value: {"):
+        if text and not NOISE.match(line) and not re.match(r"Given value: (.{100}|NestedArg|Namespace|\{)", text):
             rest.append(text if len(text) < 200 else text[:200] + " ...")
-    detail = "\n  ".join(dict.fromkeys(line for line in rest if not (cls and line.startswith("Given value: "))))
+    detail = "\n  ".join(dict.fromkeys(rest))
     detail = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", detail).replace("typing.Literal[", "one of [")
     detail = re.sub(r"Expected an? (\w+)\. Got value: (.*)", r"expected \1, got \2", detail)
     place = ".init_args.".join(path) + (f" ({cls})" if cls else "")
@@ -130,10 +133,11 @@ class LimelightParser(LightningCLI):
     """The arguments of every command: LightningCLI's in subclass mode, and ours."""
 
     def __init__(self, args: Any = None, stop_after_parsing: bool = False, **kwargs: Any) -> None:
+        self.args = args
         self.stop_after_parsing = stop_after_parsing
         super().__init__(
             parser_class=Parser,
-            parser_kwargs={"description": __doc__},
+            parser_kwargs={"description": DESCRIPTION},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             args=args,
@@ -157,11 +161,25 @@ class LimelightParser(LightningCLI):
         return {command: skip | {"weights_only"} for command, skip in LightningCLI.subcommands().items()}
 
     def _add_subcommands(self, parser: Parser, **kwargs: Any) -> None:
+        given = sys.argv[1:] if self.args is None else self.args
+        wanted = {name for name in COMMANDS if name in given} or COMMANDS
         self._subcommand_parsers = {}
         commands = parser.add_subcommands()
         for name, text in COMMANDS.items():
-            self._subcommand_parsers[name] = self._prepare_subcommand_parser(self.trainer_class, name, description=text)
-            commands.add_subcommand(name, self._subcommand_parsers[name], help=text)
+            if name in wanted:
+                subparser = self._prepare_subcommand_parser(self.trainer_class, name, description=text)
+            else:  # only listed: filling the parsers of four commands takes longer than everything else
+                subparser = Parser(description=text)
+            self._subcommand_parsers[name] = subparser
+            commands.add_subcommand(name, subparser, help=text)
+
+    def parse_arguments(self, parser: Parser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].ckpt_path
+        if path not in (None, "last") and "://" not in path and not Path(path).exists():
+            self._subcommand_parsers[self.config.subcommand].error(
+                f"ckpt_path: {path} does not exist; expected `last` or a file of runs/<name>/version_N/checkpoints."
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Not as LightningCLI: the config of a run is its YAML, never the hyperparameters of a checkpoint."""

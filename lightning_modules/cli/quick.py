@@ -65,13 +65,20 @@ def answer() -> int | None:
     Returns:
         The exit status, or None where the real parser must go on (also with every valid run).
     """
-    if not hasattr(os, "fork") or "LOCAL_RANK" in os.environ or not cache_file().exists():
+    if not hasattr(os, "fork") or "LOCAL_RANK" in os.environ:
+        return None
+    try:
+        schema = pickle.loads(cache_file().read_bytes())
+    except FileNotFoundError:
+        return None
+    except (EOFError, pickle.UnpicklingError):
+        cache_file().unlink()
         return None
     child = os.fork()
     if child == 0:
         status = NO_ANSWER
         try:
-            install_stubs(pickle.loads(cache_file().read_bytes()))
+            install_stubs(schema)
             status = parse()
         finally:
             os._exit(status)

@@ -46,7 +46,8 @@ def main() -> None:
         schema.save_schema()
         answers = [answer_slowly(case) for case in cases]
     else:
-        quick.install_stubs(pickle.loads(quick.cache_file().read_bytes()))
+        (schema_file,) = quick.cache_file().parent.iterdir()
+        quick.install_stubs(pickle.loads(schema_file.read_bytes()))
         answers = [answer_quickly(case) for case in cases]
         assert type(sys.modules["torch"]).__name__ == "StubModule"
     json.dump(answers, sys.stdout)
