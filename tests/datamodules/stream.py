@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -126,6 +127,7 @@ def fit(data: EchoData, checkpoint: Path | None = None, killer: SaveAndDie | Non
 
 def run_process(options: dict[str, Any]) -> None:
     """Body of a process that a test may kill, or that starts ranks; writes what it saw to files."""
+    multiprocessing.set_start_method("fork", force=True)  # loader workers die with this process, as in a user's run
     killer = SaveAndDie(**options["kill"], hard=True) if "kill" in options else None
     trainer = quiet_trainer(callbacks=[killer] if killer else None, **options["trainer"])
     module = Recorder(options["log"])
