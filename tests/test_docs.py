@@ -1,0 +1,234 @@
+"""What the pages say is true: commands parse, paths exist, the option map agrees with the recipes."""
+
+import ast
+import functools
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonargparse import Namespace
+
+from lightning_modules.cli.parser import LimelightParser
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DPO_PAGE = ROOT / "cli_configs/dpo/README.md"
+PAGES = [README, *sorted(ROOT.glob("cli_configs/*/README.md"))]
+RECIPES = sorted(ROOT.glob("cli_configs/**/*.yaml"))
+ROOMS = ("lightning_modules", "datamodules", "callbacks", "cli_configs")
+
+# Every argument of the authors' train.py, in its order.
+PUBLISHED = """
+input_perturbation pretrained_model_name_or_path revision dataset_name dataset_config_name train_data_dir image_column
+caption_column max_train_samples output_dir cache_dir seed resolution random_crop no_hflip train_batch_size
+num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
+lr_warmup_steps use_adafactor allow_tf32 dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+max_grad_norm hub_model_id logging_dir mixed_precision report_to local_rank checkpointing_steps resume_from_checkpoint
+noise_offset tracker_project_name pretrained_vae_model_name_or_path sdxl sft beta_dpo hard_skip_resume unet_init
+proportion_empty_prompts split choice_model dreamlike_pairs_only
+"""
+# What the arguments of the diffusers LoRA examples have beyond these.
+PUBLISHED_LORA = """
+rank loss_type lr_num_cycles lr_power use_8bit_adam dataset_split_name vae_encode_batch_size variant run_validation
+validation_steps checkpoints_total_limit enable_xformers_memory_efficient_attention prior_generation_precision
+push_to_hub hub_token tracker_name is_turbo
+"""
+
+
+class Parsed(Exception):
+    """Carries the config out of a command line that parsed."""
+
+
+class ParseOnly(LimelightParser):
+    """The command line's parser, without the run."""
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        raise Parsed(self.config)
+
+
+@functools.cache
+def parse(arguments: str) -> Namespace:
+    """The config of a command line, given without the program's name; a mistake in it fails the test."""
+    words = [recipe_of_run(word) for word in shlex.split(arguments)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr("sys.argv", ["main.py"])
+        try:
+            ParseOnly(words)
+        except Parsed as parsed:
+            return parsed.args[0]
+        except SystemExit as stopped:
+            if stopped.code == 0:  # --help, --print_config
+                return Namespace()
+    pytest.fail(f"`main.py {arguments}` does not parse")
+
+
+def recipe_of_run(word: str) -> str:
+    """runs/dpo-sd15/version_0/config.yaml is what cli_configs/dpo/sd15.yaml leaves behind."""
+    return re.sub(r"^runs/(\w+)-(\w+)/version_0/config\.yaml$", r"cli_configs/\1/\2.yaml", word)
+
+
+def commands(text: str) -> list[str]:
+    """The arguments of every `main.py` command in a text, continuation lines joined."""
+    text = re.sub(r"\\\n[#\s]*", "", text)
+    launch = r"(?:python|srun python|torchrun [^\n`]*?) main\.py "
+    found = re.findall(launch + r"((?:fit|validate|test|predict|--)[^\n`#]*)", text)
+    return [arguments.split("&&")[0].strip() for arguments in found]
+
+
+def header(recipe: Path) -> str:
+    """The comment at the top of a YAML."""
+    lines = recipe.read_text().splitlines()
+    return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+def test_a_recipes_header_holds_the_command_that_runs_it(recipe):
+    own = [arguments for arguments in commands(header(recipe)) if f"--config {name(recipe)}" in arguments]
+    assert own, f"{name(recipe)} does not say how it is run"
+    for arguments in commands(header(recipe)):
+        parse(arguments)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+def test_options_that_a_header_proposes_are_accepted(recipe):
+    proposed = re.findall(r"^#\s+(--.*)$", header(recipe), re.MULTILINE)
+    if proposed:
+        parse(f"fit --config {name(recipe)} {' '.join(proposed)}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_and_options_of_a_page_are_accepted(page):
+    found = commands(page.read_text())
+    assert found
+    for arguments in found:
+        parse(arguments)
+    for option in re.findall(r"`(--(?:model|data|trainer)\.[^`]+)`", page.read_text()):
+        if " " in option:
+            parse(f"fit --config cli_configs/dpo/sd15.yaml {option}")
+
+
+def test_the_readme_names_the_test_command_that_ci_runs():
+    lines = [line.strip() for line in (ROOT / ".ci/run").read_text().splitlines() if not line.lstrip().startswith("#")]
+    ci = [line for line in lines if "pytest" in line]
+    readme = re.findall(r"^    (?:pip install uv && )?(.*pytest.*)$", README.read_text(), re.MULTILINE)
+    assert readme == ci
+
+
+# --------------------------------------------------------------------------------------------------- paths and names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_file_that_a_page_mentions_exists(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for path in re.findall(rf"\b((?:{'|'.join(ROOMS)}|tests|\.ci)/[\w./]*\w)", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_function_that_a_page_names_exists(page):
+    for path in re.findall(rf"`((?:{'|'.join(ROOMS[:3])})(?:\.\w+)+)`", page.read_text()):
+        module, attributes = path, []
+        while not (ROOT / f"{module.replace('.', '/')}.py").exists():
+            module, _, attribute = module.rpartition(".")
+            assert module, path
+            attributes.insert(0, attribute)
+        functools.reduce(getattr, attributes, importlib.import_module(module))
+
+
+def test_the_readmes_tree_holds_every_file():
+    tree = README.read_text().split("```text\n")[1].split("```")[0]
+    listed, room = set(), ""
+    for line in tree.splitlines():
+        files = [part for part in re.split(" {2,}", line.strip()) if " " not in part]  # the rest says what they are
+        room = room if line.startswith(" ") else files[0]
+        listed |= {room + file for file in files} if line.startswith(" ") else {room}
+    for path in listed:
+        assert (ROOT / path).exists(), path
+    for folder in ROOMS:
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in (".py", ".yaml") and file.name != "__init__.py":
+                assert name(file) in listed, f"{name(file)} is missing from the README's file tree"
+
+
+# ---------------------------------------------------------------------------------------------------- the option map
+
+
+def option_maps() -> tuple[list[list[str]], list[list[str]]]:
+    section = DPO_PAGE.read_text().split("## Every option of the published script")[1].split("\n## ")[0]
+    full, lora = section.split("### Further options of the LoRA examples")
+    return table(full), table(lora)
+
+
+def table(section: str, columns: int = 5) -> list[list[str]]:
+    """The cells of a Markdown table's rows, heading and rule left out."""
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    assert all(len(row) == columns for row in rows)
+    return rows
+
+
+def look_up(config: Namespace, path: str) -> Any:
+    """The value of `model.optimizer.lr`, through the init_args between; KeyError if there is no such option."""
+    first, *rest = path.split(".")
+    if first[0].isupper():
+        node = next(c for c in config.trainer.callbacks if c.class_path.endswith(f".{first}"))
+    else:
+        node = vars(config)[first]
+    for key in rest:
+        node = vars(node.get("init_args", node))[key]
+    return node
+
+
+def value_of(cell: str) -> Any:
+    if cell in ("null", "true", "false"):
+        return {"null": None, "true": True, "false": False}[cell]
+    try:
+        return ast.literal_eval(cell)
+    except (ValueError, SyntaxError):
+        return cell
+
+
+def test_the_map_holds_every_published_argument():
+    full, lora = option_maps()
+    assert sorted(row[0] for row in full) == sorted(f"`--{argument}`" for argument in PUBLISHED.split())
+    assert {f"`--{argument}`" for argument in PUBLISHED_LORA.split()} <= {row[0] for row in lora}
+
+
+@pytest.mark.parametrize(("which", "recipe"), [(0, "cli_configs/dpo/sd15.yaml"), (1, "cli_configs/dpo/sd15_lora.yaml")])
+def test_the_map_names_options_that_exist_with_the_recipes_values(which, recipe):
+    config = parse(f"fit --config {recipe}").fit
+    for there, _, here, value, why in option_maps()[which]:
+        for option in re.findall(r"`((?:model|data|trainer)(?:\.\w+)+|[A-Z]\w+\.\w+)`", f"{here} {why}"):
+            look_up(config, option)
+        if here == "none":
+            assert value == "", there
+            continue
+        found = look_up(config, here.strip("`"))
+        if isinstance(found, Namespace):  # a class
+            found = found.class_path
+            assert found.endswith(value), there
+        elif value and (" " not in value or value.startswith("(")):  # else in words
+            assert found == value_of(value), there
+
+
+def test_every_switch_that_the_table_of_traps_names_exists():
+    config = parse("fit --config cli_configs/dpo/sd15.yaml").fit
+    section = DPO_PAGE.read_text().split("## Traps of the published code")[1].split("\n## ")[0]
+    switches = re.findall(r"`([\w.]+)`", " ".join(row[2] for row in table(section, 4)))
+    assert switches
+    for switch in switches:
+        look_up(config, switch)
