@@ -349,6 +349,12 @@ class Backbone(nn.Module):
 
     def _load_pipeline(self) -> Any:
         """The diffusers pipeline in float32, safetensors only, with other components where the user named them."""
+        import diffusers
+        import transformers
+
+        # Bars for files that load in a moment; downloads keep theirs.
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
         pipeline_class = self._pipeline_class()
         replaced = {}
         options = {"revision": self.revision, "variant": self.variant, "use_safetensors": True, "dtype": torch.float32}
