@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -64,15 +66,18 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist. Runs keep theirs in runs/<name>/version_N.")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"checkpoint {path} is refused: it holds more than tensors and plain values, and reading it could run "
-            f"code that someone hid in it ({reason(error)}). Checkpoints written by this project never need that."
-        ) from None
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # about the pickle protocol
+            # Files in torch's old format cannot be mapped.
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zipfile(path))
     except PermissionError:
         raise ValueError(f"checkpoint {path} may not be read by this user.") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        # It names a function or class outside torch's list of harmless ones, or is a bare pickle.
+        if "GLOBAL" in str(error) or path.open("rb").read(1) == pickle.PROTO:
+            raise ValueError(
+                f"checkpoint {path} is refused: it holds more than tensors and plain values, and reading it could run "
+                f"code that someone hid in it ({reason(error)}). Checkpoints of this project never need that."
+            ) from None
         raise ValueError(
             f"checkpoint {path} is damaged or is no checkpoint ({reason(error)}). If its writing or copying was "
             "interrupted, use an earlier one."

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 RUNS = Path("runs")
-PACKAGES = ("limelight", "torch", "lightning", "diffusers", "transformers", "peft", "datasets", "deepspeed")
+PACKAGES = ("limelight", "lightning", "diffusers", "transformers", "peft", "datasets", "deepspeed")
 
 
 class RunLogger(CSVLogger):
@@ -46,13 +46,13 @@ class SaveRun(SaveConfigCallback):
     """Saves the resolved config and the environment before the first step."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        environment = json.dumps(describe_environment(), indent=2)
-        Path(trainer.log_dir, "environment.json").write_text(environment + "\n")
+        folder = trainer.loggers[0].log_dir  # trainer.log_dir would wait for the other ranks, which are not here
+        Path(folder, "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
 
 
 def describe_environment() -> dict[str, Any]:
     """What a reader needs besides the config: code, versions, command and devices."""
-    versions = {}
+    versions = {"torch": torch.__version__}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
