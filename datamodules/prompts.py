@@ -73,14 +73,12 @@ class PromptList:
         return evaluation_loader(trainer, samples, self.batch_size, 0, collate_prompts)
 
     def _choose(self, name: str, found: list[str]) -> list[str]:
-        column = self.column or next((column for column in COLUMNS if column in found), None)
-        if column not in found:
-            wanted = repr(self.column) if self.column else "none of " + ", ".join(COLUMNS)
+        wanted = (self.column,) if self.column else COLUMNS
+        column = next((column for column in wanted if column in found), None)
+        if column is None:
             raise ValueError(
-                f"{name}: no column {wanted}; found: {', '.join(found)}. Say which holds the prompts with `column`."
-                if self.column
-                else f"{name}: {wanted} among the columns; found: {', '.join(found)}. Say which holds the prompts with "
-                "`column`."
+                f"{name}: no column {' or '.join(wanted)}; found: {', '.join(found)}. Say which one holds the prompts "
+                "with `column`."
             )
         return [column]
 

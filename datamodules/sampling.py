@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loops import _FitLoop
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
@@ -260,5 +261,18 @@ def evaluation_loader(
         num_workers: Processes that load data.
         collate: Makes a batch of a list of samples.
     """
-    sampler = EvaluationSampler(dataset, trainer.world_size, trainer.global_rank)
+    num_rows, world = len(dataset), trainer.world_size
+    if num_rows < world:
+        raise ValueError(f"There are {num_rows} rows to evaluate on {world} devices; give at least one for each.")
+    # A sharded model is gathered in every forward pass: a device without a batch would keep the others waiting forever.
+    counts = {-(-len(EvaluationSampler(dataset, world, rank)) // batch_size) for rank in range(world)}
+    sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)) or getattr(
+        trainer.strategy, "zero_stage_3", False
+    )
+    if sharded and len(counts) > 1:
+        raise ValueError(
+            f"{num_rows} rows in batches of {batch_size} give the {world} devices of a sharded model "
+            f"{min(counts)} or {max(counts)} batches; all need as many. Take a multiple of {world * batch_size} rows."
+        )
+    sampler = EvaluationSampler(dataset, world, trainer.global_rank)
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate)

@@ -7,8 +7,11 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     import datasets
@@ -57,8 +60,104 @@ class Rows:
         return f"{os.path.basename(file)}:{number}"
 
     def column(self, name: str) -> "pa.ChunkedArray":
-        """One whole column, without reading any other."""
+        """One whole column, without reading any other; bytes stay on the disk until they are looked at."""
         return self.dataset.select_columns([name]).with_format("arrow")[:].column(name)
+
+    def numbers(self, name: str, missing: float) -> np.ndarray:
+        """A column of numbers or booleans as float64.
+
+        Args:
+            name: The column.
+            missing: Stands for null.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self.column(name)
+        kind = column.type
+        if not any(
+            test(kind) for test in (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
+        ):
+            raise ValueError(f"{self.files[0]}: column {name!r} has type {kind}, expected numbers.")
+        return pc.fill_null(pc.cast(column, pa.float64()), missing).to_numpy()
+
+    def missing_texts(self, name: str) -> np.ndarray:
+        """(N,) whether a text is null or blank; of a list of texts, whether any is, or the list is empty."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        def is_text(kind: pa.DataType) -> bool:
+            return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+        def is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+            return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(pc.cast(texts, pa.large_string())), ""), True)
+
+        column = self.column(name)
+        if is_text(column.type):
+            return is_blank(column).to_numpy()
+        if not (pa.types.is_list(column.type) and is_text(column.type.value_type)):
+            raise ValueError(
+                f"{self.files[0]}: column {name!r} has type {column.type}, expected text, or lists of texts of which "
+                "one is drawn at every visit."
+            )
+        missing = pc.fill_null(pc.equal(pc.list_value_length(column), 0), True).to_numpy().copy()
+        missing[pc.list_parent_indices(column).to_numpy()[is_blank(pc.list_flatten(column)).to_numpy()]] = True
+        return missing
+
+    def image_problems(self, name: str) -> dict[int, str]:
+        """Row -> problem, where an image is absent or out of reach; decodes nothing and reads no image bytes."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self.column(name)
+        kind = column.type
+        if pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}:
+            data, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
+        elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            data, paths = column, None
+        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            data, paths = None, column
+        else:
+            raise ValueError(
+                f"{self.files[0]}: column {name!r} has type {kind}, expected encoded images (binary) or paths (string)."
+            )
+        lengths = np.full(len(self), -1) if data is None else pc.fill_null(pc.binary_length(data), -1).to_numpy()
+        problems = {int(row): "has no bytes" for row in np.flatnonzero(lengths == 0)}
+        for row in map(int, np.flatnonzero(lengths < 0)):
+            path = None if paths is None else paths[row].as_py()
+            try:
+                self.stored_image(path)
+            except ValueError as error:
+                problems[row] = str(error)
+        return problems
+
+    def stored_image(self, value: Any) -> bytes | Path:
+        """Encoded bytes, or file, of an image as a row holds it: bytes, a path, or the hub's {"bytes", "path"}.
+
+        Rows are data from strangers: a path must not reach out of the folder of the file that names it.
+        """
+        if isinstance(value, dict):
+            value = value["bytes"] if value["bytes"] is not None else value["path"]
+        if isinstance(value, bytes):
+            return value
+        if value is None:
+            raise ValueError("is null, expected an image")
+        if self.root is None:
+            raise ValueError(
+                f"is the path {value!r}; of the hub only bytes are read. Download the data, give the folder"
+            )
+        file = self.root / value
+        target = file.resolve() if file.is_symlink() else _resolve(file.parent) / file.name
+        if PurePosixPath(value).is_absolute() or not target.is_relative_to(_resolve(self.root)):
+            raise ValueError(f"is {value!r}, which leads out of the folder {self.root}; move the images there")
+        if not os.path.isfile(file):
+            raise ValueError(f"is {value!r}, which does not exist in {self.root}")
+        return file
+
+
+@lru_cache(maxsize=10_000)
+def _resolve(folder: Path) -> Path:
+    return folder.resolve()
 
 
 def load_rows(source: str, split: str, subset: str | None, choose: Callable[[str, list[str]], list[str]]) -> Rows:
@@ -148,7 +247,7 @@ def _load_hub(source: str, split: str, subset: str | None, choose: Callable[[str
             "with the same columns will do, and `columns` maps other names."
         ) from error
     name = f"{source}[{split}]"
-    return Rows(dataset.select_columns(choose(name, dataset.column_names)), [name], [0])
+    return Rows(_keep_encoded(dataset.select_columns(choose(name, dataset.column_names))), [name], [0])
 
 
 def _load_parquet(files: list[Path], choose: Callable[[str, list[str]], list[str]]) -> Rows:
@@ -185,7 +284,17 @@ def _load_parquet(files: list[Path], choose: Callable[[str, list[str]], list[str
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"{files[0].parent}: parquet data are damaged: {error.__cause__ or error}") from error
-    return Rows(dataset, [str(file) for file in files], starts, root=files[0].parent)
+    return Rows(_keep_encoded(dataset), [str(file) for file in files], starts, root=files[0].parent)
+
+
+def _keep_encoded(dataset: "datasets.Dataset") -> "datasets.Dataset":
+    """Have image columns answer with bytes, so that each image is decoded when it is needed and by `transforms.py`."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
 
 
 def _load_jsonl(path: Path, choose: Callable[[str, list[str]], list[str]]) -> Rows:

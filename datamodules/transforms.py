@@ -1,11 +1,15 @@
-"""From stored images to training tensors: resize, crop, flip, scale to [-1, 1]."""
+"""From stored images to training tensors: decode, resize, crop, flip, scale to [-1, 1]."""
 
+import io
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow knows many more, some of which run other programs
 
 
 class View(NamedTuple):
@@ -14,6 +18,36 @@ class View(NamedTuple):
     pixels: Tensor  # (3, R, R) float32 in [-1, 1]
     original_size: tuple[int, int]  # height and width as stored
     crop: tuple[int, int]  # top and left of the crop in the resized (and, if flipped, mirrored) image
+
+
+def decode_image(stored: bytes | Path, resolution: int) -> Image.Image:
+    """Decode one stored image to RGB.
+
+    Args:
+        stored: Encoded bytes, or the file.
+        resolution: Edge that the image is going to be resized to, which bounds how long it may be.
+
+    Raises:
+        ValueError: if there is no image, or one of damaging size.
+    """
+    try:
+        with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            # What resizing the shorter edge will make of it: a strip of one pixel would fill any memory.
+            pixels = width * height * max(1.0, resolution / min(width, height)) ** 2
+            rgb = image.convert("RGB") if pixels <= Image.MAX_IMAGE_PIXELS else None
+    except UnidentifiedImageError as error:
+        raise ValueError(f"is not an image of a known format ({', '.join(IMAGE_FORMATS)})") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises on damaged data
+        raise ValueError(f"is a damaged image ({error})") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"is too large an image ({error})") from error
+    if rgb is None:
+        raise ValueError(
+            f"is too large or too long an image ({width} x {height}; limit {Image.MAX_IMAGE_PIXELS} pixels after its "
+            f"shorter edge is resized to {resolution})"
+        )
+    return rgb
 
 
 def crop_offsets(
