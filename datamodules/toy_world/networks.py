@@ -157,9 +157,10 @@ def save_half(model: ModelMixin | PreTrainedModel, folder: Path) -> None:
     copy.deepcopy(model).half().save_pretrained(folder)
     config = folder / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
+    settings.pop("_name_or_path", None)  # where the network was on this machine
     if "dtype" in settings:  # transformers loads in the precision that is named here; diffusers always in full
         settings["dtype"] = "float32"
-        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def add_untrained_rest(pipeline: Path) -> None:
