@@ -22,8 +22,8 @@ COMMANDS = {
 }
 # Lines of a jsonargparse message that repeat the whole value, or list what a union could also have been.
 NOISE = re.compile(
-    r"^\s*(-\s)?(Does not validate against|Subtypes:|Errors:|Given value type|Expected a <class 'NoneType'>|"
-    r"Not a valid subclass|Subclass types expect|- a (class path|dict))"
+    r"^\s*(-\s)?(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|"
+    r"Not a valid subclass|Expected a path but|Subclass types expect|- a (class path|dict))"
 )
 
 
@@ -77,7 +77,7 @@ def readable(message: str) -> str:
         return "is empty or no mapping; expected sections such as `model:`, `data:` and `trainer:`."
     message = re.sub(r"Got value: Namespace\(.*", "", message)
     message = re.sub(r"(Type typing\.Callable\S* .*?callable class: )", r"\n", message)
-    path, cls, rest = [], "", []
+    path, cls, rest, given = [], "", [], ""
     for line in message.splitlines():
         text = line.strip().removeprefix("- ")
         if match := re.match(r'Parser key "([^"]+)":\s*(.*)', text):
@@ -88,11 +88,19 @@ def readable(message: str) -> str:
                 break  # the other members of the union
             cls = match[1]
             continue
-        if text and not NOISE.match(line) and not re.match(r"Given value: (.{100}|NestedArg|Namespace|\{)", text):
+        if match := re.match(r"Given value: (?!NestedArg|Namespace|\{)(.{1,100})$", text):
+            given = match[1]
+        elif text and not NOISE.match(line):
             rest.append(text if len(text) < 200 else text[:200] + " ...")
+    if len(rest) > 1:  # a number or a class was expected, and the text was taken for a class
+        rest = [text for text in rest if not text.startswith("Expected a dot import path string")] or rest
     detail = "\n  ".join(dict.fromkeys(rest))
+    detail = re.sub(r"Expected a dot import path string: (.*)", r"no class \1; expected package.module.Class", detail)
     detail = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", detail).replace("typing.Literal[", "one of [")
-    detail = re.sub(r"Expected an? (\w+)\. Got value: (.*)", r"expected \1, got \2", detail)
+    detail = re.sub(r"\bExpected an? ", "expected ", detail).replace(". Got value: ", ", got ")
+    given = given.rstrip(".")
+    if given and given not in detail + cls:
+        detail += f"\n  got {given}"
     place = ".init_args.".join(path) + (f" ({cls})" if cls else "")
     return f"{place}: {detail}" if place else detail
 

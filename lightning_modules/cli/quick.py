@@ -173,21 +173,17 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         StubClass.stubs = StubModule.stubs = self
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> Any:
-        package = name.split(".")[0]
         if name in REAL_MODULES or name == "lightning_modules.cli":
-            folder = self.schema["folders"][package]
-            for part in name.split(".")[1:-1]:
-                folder = [os.path.join(parent, part) for parent in folder]
-            return importlib.machinery.PathFinder.find_spec(name, folder)
+            return importlib.machinery.PathFinder.find_spec(name, folders_of(name))
+        package = name.split(".")[0]
         if is_real(name):
             return None
-        if name in self.schema["modules"] or (self.loading and package in self.schema["folders"]):
+        if name in self.schema["modules"] or (self.loading and package in self.schema["packages"]):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         if self.loading:
             return None
-        folder = [os.path.join(parent, *name.split(".")[1:-1]) for parent in self.schema["folders"].get(package, [])]
-        if importlib.machinery.PathFinder.find_spec(name, folder or None):
-            raise NoAnswer
+        if importlib.machinery.PathFinder.find_spec(name, folders_of(name)):
+            raise NoAnswer  # it exists, but nobody wrote down what is in it
         return None
 
     def create_module(self, spec: Any) -> ModuleType:
@@ -235,6 +231,19 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if isinstance(function_or_class, StubClass):
             raise NoAnswer
         return self.by_signature(function_or_class, method, logger)
+
+
+def folders_of(module: str) -> list[str] | None:
+    """Where the file of a module would be, without importing its package; None means everywhere."""
+    package, *between = module.split(".")[:-1] or [""]
+    if not package:
+        return None
+    if package in ROOMS:
+        folders = [str(ROOT / package)]
+    else:
+        spec = importlib.machinery.PathFinder.find_spec(package)
+        folders = (spec and spec.submodule_search_locations) or []
+    return [os.path.join(folder, *between) for folder in folders]
 
 
 def key_of(function_or_class: Any, method: str | None = None) -> str:

@@ -91,7 +91,7 @@ class Recorder:
             "classes": self.classes,
             "parameters": self.parameters,
             "modules": {name: self.names_of(name) for name in modules},
-            "folders": {top: list(sys.modules[top].__path__) for top in {name.split(".")[0] for name in modules}},
+            "packages": {name.split(".")[0] for name in modules},
         }
 
     def add_family(self, cls: type) -> None:

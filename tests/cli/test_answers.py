@@ -43,7 +43,8 @@ MISTAKES = [
     ([*DPO, "--trainer.max_steps=many"], ["trainer.max_steps: expected int, got many"]),
     ([*DPO, "--model.betaa=3"], ["Option 'betaa' is not accepted", "Did you mean 'beta'?"]),
     ([*DPO, "--model.beta=strong"], ["beta: expected float, got strong"]),
-    ([*DPO, "--model=DiffusionDPOO"], ["DiffusionDPOO"]),
+    ([*DPO, "--model=DiffusionDPOO"], ["model: no class DiffusionDPOO; expected package.module.Class"]),
+    ([*DPO, "--model=nowhere.DPO"], ["model (nowhere.DPO): No module named 'nowhere'"]),
     (
         [*DPO, "--model.class_path=lightning_modules.diffusion_dpo.DiffusionDPOO"],
         ["has no attribute 'DiffusionDPOO'", "Did you mean 'DiffusionDPO'?"],
@@ -52,7 +53,7 @@ MISTAKES = [
     ([*DPO, "--model.class_path=nowhere.DPO"], ["No module named 'nowhere'"]),
     ([*DPO, "--model.class_path=torch.optim.AdamW"], ["does not correspond to a subclass of LightningModule"]),
     ([*DPO, "--model.backbone.lora.rr=3"], ["'rr' is not accepted", "Did you mean 'r'?"]),
-    ([*DPO, "--model.optimizer.lr=fast"], ["optimizer.init_args.lr", "Expected a float"]),
+    ([*DPO, "--model.optimizer.lr=fast"], ["model.init_args.optimizer.init_args.lr: expected float", "got fast"]),
     ([*DPO, "--trainer.precision=bf17"], ["trainer.precision", "bf16-mixed", "bf17"]),
     ([*DPO, "--ckpt_path=runs/nope.ckpt"], ["ckpt_path", "runs/nope.ckpt", "does not exist"]),
     (["fit", "--config", "{misspelt}"], ["misspelt.yaml", "Option 'betaa'", "Did you mean 'beta'?"]),
