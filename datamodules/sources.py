@@ -147,11 +147,11 @@ class Rows:
                 f"is the path {value!r}; of the hub only bytes are read. Download the data, give the folder"
             )
         file = self.root / value
-        target = file.resolve() if file.is_symlink() else _resolve(file.parent) / file.name
+        target = file.resolve() if os.path.islink(file) else _resolve(file.parent) / file.name
         if PurePosixPath(value).is_absolute() or not target.is_relative_to(_resolve(self.root)):
-            raise ValueError(f"is {value!r}, which leads out of the folder {self.root}; move the images there")
+            raise ValueError(f"is {value[:80]!r}, which leads out of the folder {self.root}; move the images there")
         if not os.path.isfile(file):
-            raise ValueError(f"is {value!r}, which does not exist in {self.root}")
+            raise ValueError(f"is {value[:80]!r}, which does not exist in {self.root}")
         return file
 
 
