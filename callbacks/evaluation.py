@@ -203,13 +203,14 @@ class Evaluation(pl.Callback):
         rows = gather_rows(self.rows, trainer.world_size)
         if not trainer.is_global_zero:
             return
-        prompts = [row["prompt"] for row in rows]
+        prompts, seeds = [row["prompt"] for row in rows], {row["seed"] for row in rows}
         results: dict[str, Any] = {
             "pretrained": pl_module.backbone.pretrained,
             "checkpoint": trainer.ckpt_path,
             "num_prompts": len(set(prompts)),
             "num_images": len(rows),
-            "seeds": sorted({row["seed"] for row in rows}),
+            "seeds": {"number": len(seeds), "first": min(seeds), "last": max(seeds)},
+            "sampler": type(pl_module.backbone.pipeline.scheduler).__name__,
             "num_inference_steps": pl_module.backbone.num_inference_steps,
             "guidance_scale": pl_module.backbone.guidance_scale,
             "interval": f"95 % percentile bootstrap over prompts, {RESAMPLES} resamples, seed {BOOTSTRAP_SEED}",
@@ -284,10 +285,11 @@ def table_cells(results: dict[str, Any]) -> list[list[str]]:
 def settings_line(results: dict[str, Any]) -> str:
     """What was sampled, in one sentence."""
     seeds = results["seeds"]
-    seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]})"
+    seeds = f"seed {seeds['first']}" if seeds["number"] == 1 else "{number} seeds ({first} to {last})".format(**seeds)
     return (
-        f"{results['num_prompts']} prompts, {results['num_images']} images, {seeds}, {results['num_inference_steps']} "
-        f"steps, guidance {results['guidance_scale']:g}; in brackets the {results['interval']}."
+        f"{results['num_prompts']} prompts, {results['num_images']} images, {seeds}, "
+        f"{results['num_inference_steps']} steps of {results['sampler']}, guidance {results['guidance_scale']:g}; "
+        f"in brackets the {results['interval']}."
     )
 
 

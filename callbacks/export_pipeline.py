@@ -6,9 +6,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.backbones.base import Backbone
 from lightning_modules.base import AlignmentModule
@@ -18,13 +19,15 @@ from lightning_modules.base import AlignmentModule
 TOLERANCE = 1e-5
 TOLERANCE_LOW_PRECISION = 1e-3
 
+DenoiserCall = tuple[tuple[Any, ...], dict[str, Any], Tensor]  # positional inputs, keyword inputs, output
+
 
 class ExportPipeline(pl.Callback):
     """Write `export/` into the run's folder when fit ends: the LoRA for `load_lora_weights`, or a whole pipeline.
 
     The export is written beside its place, loaded again as a user would, and one forward pass of the denoiser is
     compared with the model in memory; only then it takes its place, replacing an earlier one. An interruption never
-    leaves half an export under that name.
+    leaves half an export under that name. Weights that FSDP2 has spread over the ranks are gathered first.
 
     Args:
         every_n_steps: Export during training too, every so many optimizer steps. Null exports at the end only.
@@ -35,16 +38,17 @@ class ExportPipeline(pl.Callback):
             raise ValueError(f"every_n_steps is {every_n_steps}; expected 1 or more optimizer steps, or null.")
         self.every_n_steps = every_n_steps
         self.seen_step = 0
-        self.sharded = False
+        self.impossible = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: AlignmentModule) -> None:
         self.seen_step = trainer.global_step
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "export"
-        self.sharded = weights_are_sharded(trainer.strategy)
-        if self.sharded:
+        strategy = trainer.strategy
+        self.impossible = isinstance(strategy, FSDPStrategy) or getattr(strategy, "zero_stage_3", False)
+        if self.impossible:
             rank_zero_warn(
-                f"ExportPipeline: {type(trainer.strategy).__name__} spreads the weights over the ranks, so nothing is "
-                "exported from this run. Resume its last checkpoint on one device, or under ddp, to export."
+                f"ExportPipeline: under {type(strategy).__name__} no rank holds whole weights, so nothing is exported "
+                "from this run. ddp, DeepSpeed stage 2 and FSDP2 (ModelParallelStrategy) export."
             )
 
     def on_train_batch_end(
@@ -60,21 +64,31 @@ class ExportPipeline(pl.Callback):
         self.export(trainer, pl_module.backbone)
 
     def export(self, trainer: pl.Trainer, backbone: Backbone) -> None:
-        if self.sharded:
+        if self.impossible:
             return
+        weights, call = {}, None
+        if trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy):
+            call = denoiser_call(backbone)
+            weights = gathered_weights(backbone.denoiser)  # last, so that FSDP2 leaves all ranks in the same state
         if trainer.is_global_zero:
             partial = self.folder.with_name(".export.partial")
             shutil.rmtree(partial, ignore_errors=True)
+            handle = backbone.denoiser.register_state_dict_post_hook(
+                lambda module, state, prefix, metadata: state.update({prefix + k: v for k, v in weights.items()})
+            )
             backbone.export(partial)
-            check_export(backbone, partial)
+            handle.remove()
+            check_export(backbone, partial, call)
             replace_folder(self.folder, partial)
             rank_zero_info(f"Exported to {self.folder}")
         trainer.strategy.barrier("export")
 
 
-def weights_are_sharded(strategy: Strategy) -> bool:
-    """Whether a rank holds only a part of each weight."""
-    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or getattr(strategy, "zero_stage_3", False)
+def gathered_weights(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The trained weights that FSDP2 has spread over the ranks, whole and on the CPU; every rank must call it."""
+    trained = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
+    state = denoiser.state_dict()
+    return {name: state[name].full_tensor().cpu() for name in trained if isinstance(state[name], DTensor)}
 
 
 def replace_folder(folder: Path, new: Path) -> None:
@@ -88,13 +102,18 @@ def replace_folder(folder: Path, new: Path) -> None:
 
 
 @torch.no_grad()
-def check_export(backbone: Backbone, folder: Path) -> None:
+def check_export(backbone: Backbone, folder: Path, call: DenoiserCall) -> None:
     """Load an export as a user would and compare one forward pass with the network in memory.
+
+    Args:
+        backbone: What was exported.
+        folder: The export.
+        call: Inputs and output of the network in memory.
 
     Raises:
         RuntimeError: if the outputs differ by more than the tolerance.
     """
-    inputs, keywords, output = denoiser_call(backbone)
+    inputs, keywords, output = call
     with backbone.autocast():
         reloaded = load_exported_denoiser(backbone, folder)(*inputs, **keywords)[0]
     tolerance = TOLERANCE if backbone.compute_dtype == torch.float32 else TOLERANCE_LOW_PRECISION
@@ -107,7 +126,7 @@ def check_export(backbone: Backbone, folder: Path) -> None:
         )
 
 
-def denoiser_call(backbone: Backbone) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]:
+def denoiser_call(backbone: Backbone) -> DenoiserCall:
     """Inputs and output of the denoiser's first call when the pipeline draws a prompt in two steps."""
     calls = []
     handle = backbone.denoiser.register_forward_hook(

@@ -160,9 +160,10 @@ def test_results_are_those_of_the_images(tested):
     assert red["difference"] == pytest.approx(fmean(tuned) - fmean(base), abs=1e-6)
     assert red["win_rate"] == sum(a > b for a, b in zip(tuned, base, strict=True)) / 4
     assert red["difference_interval"][0] <= red["difference"] <= red["difference_interval"][1]
-    settings = {key: results[key] for key in ("num_prompts", "num_images", "seeds", "num_inference_steps")}
-    assert settings == {"num_prompts": 4, "num_images": 4, "seeds": [10, 11, 12, 13], "num_inference_steps": 2}
-    assert results["guidance_scale"] == 7.5
+    assert (results["num_prompts"], results["num_images"]) == (4, 4)
+    assert results["seeds"] == {"number": 4, "first": 10, "last": 13}
+    settings = [results[key] for key in ("num_inference_steps", "sampler", "guidance_scale", "pretrained")]
+    assert settings == [2, "PNDMScheduler", 7.5, module.backbone.pretrained]
 
     with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -188,7 +189,7 @@ def test_the_page_and_the_grid_show_the_first_prompts(tested):
     folder = Path(trainer.log_dir) / "evaluation"
     page = (folder / "results.md").read_text(encoding="utf-8")
     assert "| reward | base | tuned | difference | win rate |" in page
-    assert "4 prompts, 4 images, 4 seeds (10 to 13), 2 steps, guidance 7.5" in page
+    assert "4 prompts, 4 images, 4 seeds (10 to 13), 2 steps of PNDMScheduler, guidance 7.5" in page
     assert all(f"| {prompt} |" in page for prompt in prompts[:3])
     assert prompts[3] not in page
     with Image.open(folder / "grid.png") as grid:

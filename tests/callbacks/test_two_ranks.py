@@ -1,4 +1,4 @@
-"""Two real ranks under DDP leave what one rank leaves: the same pictures, scores, export and tables."""
+"""Two real ranks, under DDP or FSDP2, leave what one rank leaves: the same pictures, scores, export and tables."""
 
 import csv
 import json
@@ -14,11 +14,11 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 
 
-def run(pipeline: Path, folder: Path, devices: int) -> Path:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if devices > 1 else []
-    command = [sys.executable, *launcher, "-m", "tests.callbacks.two_ranks", pipeline, folder, str(devices)]
+def run(pipeline: Path, folder: Path, strategy: str) -> Path:
+    launcher = [] if strategy == "auto" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, "-m", "tests.callbacks.two_ranks", pipeline, folder, strategy]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run" / "version_0"
@@ -28,8 +28,14 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_two_ranks_leave_what_one_leaves(sd15, tmp_path):
-    one, two = run(sd15, tmp_path / "one", 1), run(sd15, tmp_path / "two", 2)
+@pytest.fixture(scope="module")
+def one(sd15, tmp_path_factory):
+    return run(sd15, tmp_path_factory.mktemp("one"), "auto")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_two_ranks_leave_what_one_leaves(sd15, tmp_path, one, strategy):
+    two = run(sd15, tmp_path, strategy)
     assert files(one) == files(two)
     assert {"samples/step_000002.png", "samples/step_000003.png", "evaluation/grid.png"} < set(files(one))
 
@@ -40,7 +46,7 @@ def test_two_ranks_leave_what_one_leaves(sd15, tmp_path):
     assert (one / "images/metadata.jsonl").read_text() == (two / "images/metadata.jsonl").read_text()
 
     results = [json.loads((folder / "evaluation/results.json").read_text()) for folder in (one, two)]
-    assert results[0]["rewards"]["red"]["tuned"] == pytest.approx(results[1]["rewards"]["red"]["tuned"], abs=1e-5)
+    assert results[0]["rewards"]["red"]["tuned"] == pytest.approx(results[1]["rewards"]["red"]["tuned"], abs=1e-4)
     assert results[0]["rewards"]["red"]["tuned"] != results[0]["rewards"]["red"]["base"]
     assert results[1]["num_images"] == 3
     scores = []
@@ -48,4 +54,4 @@ def test_two_ranks_leave_what_one_leaves(sd15, tmp_path):
         with open(folder / "metrics.csv", newline="") as file:
             scores.append({row["step"]: float(row["val/red"]) for row in csv.DictReader(file) if row["val/red"]})
     assert sorted(scores[0]) == ["2", "3"]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch.distributed
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from callbacks.evaluation import Evaluation
 from callbacks.export_pipeline import ExportPipeline
@@ -14,7 +15,7 @@ from callbacks.write_images import WriteImages
 from tests.callbacks.runs import PROMPTS, Data, Redness, make_module, make_trainer
 
 
-def main(pipeline: Path, folder: Path, devices: int) -> None:
+def main(pipeline: Path, folder: Path, strategy: str) -> None:
     pl.seed_everything(5, verbose=False)
     rewards = {"red": Redness()}
     callbacks = [
@@ -24,8 +25,15 @@ def main(pipeline: Path, folder: Path, devices: int) -> None:
         Evaluation(rewards, save_images=True),
         WriteImages(),
     ]
-    spread = {"strategy": "ddp", "devices": devices} if devices > 1 else {"devices": 1}
-    trainer = make_trainer(folder, callbacks, max_steps=3, accumulate_grad_batches=2 // devices, **spread)
+    devices = 1 if strategy == "auto" else 2
+    trainer = make_trainer(
+        folder,
+        callbacks,
+        max_steps=3,
+        accumulate_grad_batches=2 // devices,
+        devices=devices,
+        strategy=ModelParallelStrategy(2, 1) if strategy == "fsdp2" else strategy,
+    )
     # SGD: Adam would blow up the rounding of gradients that are zero, and the two runs would drift apart.
     module, data = make_module(pipeline, lr=1.0, optimizer=torch.optim.SGD), Data()
     trainer.fit(module, datamodule=data)
@@ -36,4 +44,4 @@ def main(pipeline: Path, folder: Path, devices: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
