@@ -41,6 +41,19 @@ class App(LimelightParser):
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
             check_checkpoint(Path(config.ckpt_path))
 
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; an error of a constructor is told without jsonargparse's account of it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if not isinstance(cause, (ValueError, OSError, ImportError, MisconfigurationException)):
+                raise cause from None  # a bug
+            hint = "" if is_ours(cause) else " (LIMELIGHT_TRACEBACK=1 shows where this comes from)"
+            raise ValueError(f"{cause}{hint}") from error
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         further = config["logger"] if isinstance(config["logger"], list) else [config["logger"]]
         name = self.config[self.subcommand].name
@@ -48,6 +61,9 @@ class App(LimelightParser):
         config["callbacks"] = config["callbacks"] or []
         if not isinstance(config["callbacks"], list):
             config["callbacks"] = [config["callbacks"]]
+        if config["default_root_dir"] is None and "SLURM_JOB_ID" in os.environ:
+            # Lightning looks here for the checkpoint of a job that SLURM has started again: one folder per job.
+            config["default_root_dir"] = str(RUNS / name / f"slurm_{os.environ['SLURM_JOB_ID']}")
         watched = any(isinstance(callback, ProgressBar) for callback in config["callbacks"])
         if config["enable_progress_bar"] is not False and not watched:
             # A terminal is redrawn; a log file gets a line now and then.
@@ -94,13 +110,14 @@ def run(args: list[str] | None = None) -> App:
 
 def is_users_mistake(error: Exception) -> bool:
     """Whether our own code raised the error on purpose: libraries' errors and bugs keep their traceback."""
-    if isinstance(error, MisconfigurationException):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
     if is_from_worker(error):
         files = re.findall(r'File "([^"]+)", line \d+', str(error))
         return bool(files) and files[-1].startswith(OURS)
-    return frames[-1].filename.startswith(OURS)
+    return isinstance(error, MisconfigurationException) or is_ours(error)
+
+
+def is_ours(error: BaseException) -> bool:
+    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(OURS)
 
 
 def is_from_worker(error: Exception) -> bool:

@@ -55,8 +55,10 @@ def cache_file() -> Path:
     for folder in map(Path, sys.path):
         if folder.name in ("site-packages", "dist-packages") and folder.is_dir():
             digest.update(" ".join(sorted(name for name in os.listdir(folder) if name.endswith("-info"))).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "limelight" / f"{digest.hexdigest()[:20]}.pickle"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):  # a user without a home: nothing is kept
+        cache = os.devnull
+    return Path(cache, "limelight", f"{digest.hexdigest()[:20]}.pickle")
 
 
 def answer() -> int | None:
@@ -69,7 +71,7 @@ def answer() -> int | None:
         return None
     try:
         schema = pickle.loads(cache_file().read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (EOFError, pickle.UnpicklingError):
         cache_file().unlink()

@@ -82,8 +82,8 @@ def git(*arguments: str) -> str | None:
 def run_name(name: str | None, configs: list[Any] | None) -> str:
     """The given name, else folder and stem of the first config: cli_configs/toy/dpo.yaml -> toy-dpo."""
     if name is None:
-        path = Path(str(configs[0])).absolute() if configs else None
-        return f"{path.parent.name}-{path.stem}" if path else "run"
+        files = [Path(str(config)).absolute() for config in configs or [] if config is not None]
+        return f"{files[0].parent.name}-{files[0].stem}" if files else "run"
     if not name or name != Path(name).name or name in (".", ".."):
         raise ValueError(f"name is {name!r}; expected one folder name without slashes, as `name: my-run`.")
     return name

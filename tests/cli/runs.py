@@ -13,6 +13,10 @@ class LoggingModel(BoringModel):
         super().__init__()
         type(self).built += 1
         self.fails_with = fails_with
+        if fails_with == "value":
+            raise ValueError("fails_with is 'value'")
+        if fails_with == "zero":
+            1 // 0  # noqa: B018
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         if self.fails_with == "bug":

@@ -168,6 +168,33 @@ def test_mistake_of_the_user_is_one_message(capsys: pytest.CaptureFixture, monke
         main(["fit", *ARGUMENTS, "--trainer.precision=64-true"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["--model.fails_with=value"],
+            "error: fails_with is 'value' (LIMELIGHT_TRACEBACK=1 shows where this comes from)",
+        ),
+        (
+            ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_top_k=-2"],
+            "error: Invalid value for save_top_k",
+        ),
+        (["--trainer.max_time=soon"], "error: "),
+        (["--trainer.limit_val_batches=1.5"], "error: "),
+    ],
+)
+def test_constructor_that_refuses_its_arguments_is_one_message(arguments, expected: str, capsys):
+    err = error_of(capsys, *arguments)
+    assert err.startswith(expected)
+    assert "Union" not in err
+    assert len(err.splitlines()) <= 3
+
+
+def test_bug_of_a_constructor_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        main(["fit", *ARGUMENTS, "--model.fails_with=zero"])
+
+
 def test_bug_keeps_its_traceback():
     with pytest.raises(KeyError, match="a bug"):
         main(["fit", *ARGUMENTS, "--model.fails_with=bug"])
