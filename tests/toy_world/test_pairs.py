@@ -2,7 +2,9 @@
 
 import io
 import math
+import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -31,7 +33,7 @@ def read(data, split="train"):
 
 def decode(png):
     with Image.open(io.BytesIO(png)) as image:
-        return torch.tensor(list(image.getdata())).T.view(3, 32, 32) / 255
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 def test_labels_follow_the_scores():
@@ -201,8 +203,6 @@ def test_preferences_share_the_sampled_pictures(sampled, monkeypatch):
 
 
 def test_other_weights_mean_other_pairs(sampled, tmp_path):
-    import shutil
-
     shutil.copytree(PIPELINE, tmp_path / "pipeline")
     config = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
     same = ToyPairs(**sampled, pipeline=str(tmp_path / "pipeline")).source

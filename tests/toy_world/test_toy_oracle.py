@@ -1,5 +1,7 @@
 """The oracle as a reward."""
 
+import random
+
 import pytest
 import torch
 
@@ -29,8 +31,6 @@ def test_both_is_match_halved_for_a_pale_picture():
 
 
 def test_a_single_picture_is_judged_too():
-    import random
-
     scene = draw_scenes(1, random.Random(0))[0]
     image = render([scene], torch.Generator().manual_seed(0))
     assert ToyOracle()(image, [scene.caption]).shape == (1,)
