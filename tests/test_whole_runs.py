@@ -198,6 +198,19 @@ def test_killed_run_resumes_exactly(workers, accumulate, kill_after, sd15, data,
     assert min(after) <= steps_before
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [(None, "no prompts to make images from"), ({"source": "gone.txt"}, "gone.txt does not exist")],
+)
+def test_evaluation_without_prompts_stops_before_the_training(prompts, message, sd15, data, tmp_path, capsys):
+    content = config(sd15, data, max_steps=2)
+    content["data"]["init_args"]["test_prompts"] = prompts
+    with pytest.raises(SystemExit):
+        run(["fit", "--config", write_config(tmp_path / "c" / "run.yaml", content), "--evaluate=true"])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/**/*.ckpt"))
+
+
 def test_validate_test_and_predict_use_the_checkpoint(sd15, data, tmp_path):
     write_pairs(data.parent / "validation.parquet", 5)
     rewards = {

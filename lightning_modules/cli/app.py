@@ -83,6 +83,12 @@ class App(LimelightParser):
         super()._run_subcommand(subcommand)
         rank_zero_info(f"The run's folder is {self.trainer.log_dir}")
 
+    def before_fit(self) -> None:
+        """With `evaluate: true`, a missing or unreadable prompt list stops the run before the training."""
+        if self.config.fit.evaluate:
+            self.datamodule.trainer = self.trainer
+            self.datamodule.test_dataloader()
+
     def after_fit(self) -> None:
         if self.config.fit.evaluate:
             self.trainer.test(self.model, datamodule=self.datamodule)
