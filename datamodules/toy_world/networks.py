@@ -128,13 +128,18 @@ def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     )
     every_byte = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=every_byte, show_progress=False
+        vocab_size=1000,
+        end_of_word_suffix="</w>",
+        initial_alphabet=every_byte,
+        # Named in advance, since those that the trainer finds by itself are numbered differently at every call.
+        special_tokens=[byte + "</w>" for byte in every_byte],
+        show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
     learnt = json.loads(bpe.to_str())["model"]
     vocabulary = learnt["vocab"]
-    for token in (*(byte + "</w>" for byte in every_byte), start, end):
-        vocabulary.setdefault(token, len(vocabulary))
+    for token in (start, end):
+        vocabulary[token] = len(vocabulary)
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from datamodules.toy_world.autoencoder import ToyAutoencoder, autoencoder_loss
 from datamodules.toy_world.clip import ToyCLIP, contrastive_loss
-from datamodules.toy_world.data import ToyImages
+from datamodules.toy_world.data import PIPELINE, ToyImages
 from datamodules.toy_world.networks import build_tokenizer, build_unet
 from datamodules.toy_world.scenes import all_scenes, train_scenes
 from datamodules.toy_world.ship import ship
@@ -49,6 +49,18 @@ def test_every_caption_fits_the_tokenizer_and_every_other_text_has_tokens(tmp_pa
         assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == scene.caption
     tokens = tokenizer("Zebra, ünïcode!").input_ids
     assert tokens.count(tokenizer.unk_token_id) == 1  # the end
+
+
+def test_the_tokenizer_is_the_same_at_every_call(tmp_path):
+    captions = [scene.caption for scene in train_scenes()]
+    vocabularies = [build_tokenizer(captions, tmp_path / str(i)).get_vocab() for i in range(4)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+    assert (tmp_path / "0" / "merges.txt").read_text() == (tmp_path / "3" / "merges.txt").read_text()
+
+
+def test_the_shipped_clip_and_text_encoder_share_their_tokenizer():
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        assert (PIPELINE / "tokenizer" / name).read_bytes() == (PIPELINE.with_name("clip") / name).read_bytes()
 
 
 def fit_two_steps(module, folder):
