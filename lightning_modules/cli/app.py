@@ -85,8 +85,9 @@ class App(LimelightParser):
 
     def before_fit(self) -> None:
         """With `evaluate: true`, a missing or unreadable prompt list stops the run before the training."""
-        if self.config.fit.evaluate:
+        if self.config.fit.evaluate and self.datamodule is not None:
             self.datamodule.trainer = self.trainer
+            self.datamodule.setup("test")
             self.datamodule.test_dataloader()
 
     def after_fit(self) -> None:
