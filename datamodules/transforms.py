@@ -82,11 +82,10 @@ def view_image(
     original_size = (image.height, image.width)
     image = F.resize(image, resolution, F.InterpolationMode.BILINEAR)
     top, left = crop_offsets(image.height, image.width, resolution, random_crop, generator)
-    pixels = F.to_tensor(F.crop(image, top, left, resolution, resolution))
+    view = F.crop(image, top, left, resolution, resolution)
     if horizontal_flip and generator.random() < 0.5:
-        pixels = pixels.flip(-1)
-        left = image.width - resolution - left
-    return View((pixels - 0.5) / 0.5, original_size, (top, left))
+        view, left = F.hflip(view), image.width - resolution - left
+    return View(F.to_tensor(view).sub_(0.5).div_(0.5), original_size, (top, left))
 
 
 def view_pair_jointly(
@@ -120,5 +119,5 @@ def view_pair_jointly(
     if horizontal_flip and generator.random() < 0.5:
         pixels = pixels.flip(-1)
     crop = crop_offsets(pixels.shape[1], pixels.shape[2], resolution, random_crop, generator)
-    pixels = (F.crop(pixels, *crop, resolution, resolution) - 0.5) / 0.5
+    pixels = F.crop(pixels, *crop, resolution, resolution).sub_(0.5).div_(0.5)
     return View(pixels[:3], original_size, crop), View(pixels[3:], original_size, crop)
