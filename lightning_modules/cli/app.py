@@ -77,7 +77,10 @@ class App(LimelightParser):
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # written by a callback; thousands of images would fill the memory
+        return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
         super()._run_subcommand(subcommand)
@@ -103,7 +106,7 @@ def run(args: list[str] | None = None) -> App:
     """
     # Lightning advertises further packages at every start.
     rank_zero_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    rank_zero_log.addFilter(lambda record: "litlogger" not in record.msg and "litmodels" not in record.msg)
+    rank_zero_log.addFilter(lambda record: not re.search("litlogger|litmodels", str(record.msg)))
     if import_rooms() and args is None and "LOCAL_RANK" not in os.environ:
         save_schema()
     try:

@@ -102,7 +102,10 @@ class Recorder:
         entry["subclasses"] = [key_of(subclass) for subclass in cls.__subclasses__() if is_global(subclass)]
         self.add_parameters(cls)
         for subclass in filter(is_global, cls.__subclasses__()):
-            self.add_family(subclass)
+            try:
+                self.add_family(subclass)
+            except NotRecordableError:
+                entry["subclasses"] = None  # then only the real parser lists them
 
     def add(self, cls: type) -> dict[str, Any]:
         """Record what a stub class needs, but not its parameters."""
@@ -110,20 +113,23 @@ class Recorder:
         if path not in self.classes:
             bases = [base for base in cls.__bases__ if base is not typing.Generic]
             other_kind = typing.is_typeddict(cls) or hasattr(cls, "_fields") or getattr(cls, "_is_protocol", False)
-            if other_kind or not is_global(cls):
+            members = (
+                {name: member.value for name, member in cls.__members__.items()} if issubclass(cls, Enum) else None
+            )
+            plain = all(type(value).__module__ == "builtins" for value in (members or {}).values())
+            if other_kind or not plain or not is_global(cls):
                 raise NotRecordableError(path)
             if is_attrs_class(cls) or is_pydantic_model(cls):
                 bases = []  # named in types (wandb's Settings), but its fields are known to the real parser only
             for base in bases:
                 if not is_real(base.__module__):
                     self.add(base)
-            is_enum = issubclass(cls, Enum)
             self.classes[path] = {
                 "bases": [key_of(base) for base in bases],
                 "doc": get_doc_short_description(cls),
                 "abstract": list(getattr(cls, "__abstractmethods__", ())),
                 "dataclass": "__dataclass_fields__" in vars(cls),
-                "members": {name: member.value for name, member in cls.__members__.items()} if is_enum else None,
+                "members": members,
                 "methods": {},
                 "subclasses": None,
             }
