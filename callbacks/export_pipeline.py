@@ -146,7 +146,7 @@ def load_exported_denoiser(backbone: Backbone, folder: Path) -> nn.Module:
     else:
         from diffusers.utils import logging
 
-        pipeline = backbone._load_pipeline()
+        pipeline = backbone.load_pipeline()
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it warns, at length, that the file has nothing for the text encoder
         pipeline.load_lora_weights(folder)

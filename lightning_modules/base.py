@@ -262,6 +262,9 @@ class AlignmentModule(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------ images for evaluation
 
+    def on_test_start(self) -> None:
+        self.backbone.keep_reference()  # otherwise every batch would read the starting weights again
+
     def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Images of the trained and of the starting policy at the same seeds, for callbacks to score.
 

@@ -115,7 +115,7 @@ class Backbone(nn.Module):
             ValueError: if the pipeline cannot be read or is of another family.
         """
         self.compute_dtype = compute_dtype
-        self.pipeline = self._load_pipeline() if weights else self._build_pipeline()
+        self.pipeline = self.load_pipeline() if weights else self._build_pipeline()
         self.pipeline.set_progress_bar_config(disable=True)
         self.requires_grad_(False)
         for name in (self.denoiser_name, "vae", *self.text_encoder_names):
@@ -143,13 +143,23 @@ class Backbone(nn.Module):
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()  # bfloat16 adapters would swallow updates of 1e-5
         else:
-            if keep_reference:
-                self.add_module("reference_denoiser", self._copy_of_denoiser(weights))
-                to_low_precision(self.reference_denoiser, compute_dtype)
             self.denoiser.requires_grad_(True)
+            if keep_reference:
+                self.keep_reference(weights)
         if self.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self._after_load()
+
+    def keep_reference(self, weights: bool = True) -> None:
+        """Keep a frozen copy of the starting denoiser at hand, for `reference`; adapters need none.
+
+        Args:
+            weights: Read its weights; False builds it from the config alone.
+        """
+        if self.lora is None and not hasattr(self, "reference_denoiser"):
+            reference = self._copy_of_denoiser(weights).to(self.device)
+            to_low_precision(reference, self.compute_dtype)
+            self.add_module("reference_denoiser", reference)
 
     def shard(self, mesh: Any) -> None:
         """Split the denoiser over the devices of `mesh` with FSDP2, block by block.
@@ -336,7 +346,7 @@ class Backbone(nn.Module):
                 },
             )
         else:
-            pipeline = self._load_pipeline()
+            pipeline = self.load_pipeline()
             getattr(pipeline, self.denoiser_name).load_state_dict(self.denoiser.state_dict())
             pipeline.save_pretrained(folder, safe_serialization=True)
 
@@ -347,7 +357,7 @@ class Backbone(nn.Module):
 
         return getattr(diffusers, self.pipeline_class_name)
 
-    def _load_pipeline(self) -> Any:
+    def load_pipeline(self) -> Any:
         """The diffusers pipeline in float32, safetensors only, with other components where the user named them."""
         import diffusers
         import transformers
