@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from lightning_modules.cli.schema import import_rooms, save_schema
 
 ROOT = Path(__file__).parents[2]
 OURS = tuple(str(ROOT / room) for room in ("lightning_modules", "datamodules", "callbacks", "main.py"))
+
+# Warnings of libraries about each other, or about what is meant: frozen networks stay in eval mode.
+LIBRARY_NOISE = (
+    r"`loftq_config` specified but will be ignored",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"Found \d+ module\(s\) in eval mode at the start of training",
+    r"The dirpath has changed from",
+)
 
 
 class App(LimelightParser):
@@ -104,6 +113,8 @@ def run(args: list[str] | None = None) -> App:
     Args:
         args: As on the command line, without the program's name. None takes them from there.
     """
+    for message in LIBRARY_NOISE:
+        warnings.filterwarnings("ignore", message)
     # Lightning advertises further packages at every start.
     rank_zero_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     rank_zero_log.addFilter(lambda record: not re.search("litlogger|litmodels", str(record.msg)))
