@@ -5,7 +5,7 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -170,6 +170,8 @@ def load_rows(source: str, split: str, subset: str | None, choose: Callable[[str
         choose: Given the source's name and its columns, says which to read, or raises.
     """
     path = Path(source).expanduser()
+    if not source.strip():
+        raise ValueError("source is empty; expected a file, a folder or a hub id.")
     if path.is_dir():
         return _load_folder(path, split, choose)
     if path.is_file():
@@ -204,14 +206,12 @@ def _stem(path: Path) -> str:
 
 
 def _load_folder(folder: Path, split: str, choose: Callable[[str, list[str]], list[str]]) -> Rows:
-    subfolders = [name for name in SPLIT_NAMES if (folder / name).is_dir()]
-    if (folder / split).is_dir():
-        folder = folder / split
-        files = sorted(folder.rglob("*.parquet")) or sorted(folder.glob("*.jsonl"))
-    else:
-        files = sorted(folder.rglob("*.parquet")) or sorted(folder.glob("*.jsonl"))
+    inside = folder / split if (folder / split).is_dir() else folder
+    files = sorted(inside.rglob("*.parquet")) or sorted(inside.glob("*.jsonl"))
+    if inside == folder:
         named = [file for file in files if _stem(file) == split]
-        available = ({_stem(file) for file in files} & set(SPLIT_NAMES)) | set(subfolders)
+        available = {_stem(file) for file in files} | {child.name for child in folder.iterdir() if child.is_dir()}
+        available &= set(SPLIT_NAMES)
         if not named and (split != "train" or available):
             raise ValueError(
                 f"{folder}: unknown split {split!r}; available: {', '.join(sorted(available or {'train'}))}. A split "
@@ -219,11 +219,11 @@ def _load_folder(folder: Path, split: str, choose: Callable[[str, list[str]], li
             )
         files = named or files
     if not files:
-        return _load_images(folder, choose)
+        return _load_images(inside, choose)
     if files[0].suffix == ".parquet":
         return _load_parquet(files, choose)
     if len(files) > 1:
-        raise ValueError(f"{folder}: {len(files)} JSONL files ({files[0].name}, {files[1].name}, ...); expected one.")
+        raise ValueError(f"{inside}: {len(files)} JSONL files ({files[0].name}, {files[1].name}, ...); expected one.")
     return _load_jsonl(files[0], choose)
 
 
@@ -240,7 +240,8 @@ def _load_hub(source: str, split: str, subset: str | None, choose: Callable[[str
 
     try:
         dataset = datasets.load_dataset(source, subset, split=split)
-    except (OSError, ValueError) as error:  # not found, no network, gated, unknown split or configuration
+    # Not found, no network, gated, unknown split or configuration; damaged files.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"Hub data set {source!r}, split {split!r}: {error}\nIf this machine has no network, give the path of a "
             "downloaded copy (a folder of parquet files) as source. Pick-a-Pic has left its first address: any mirror "
@@ -283,8 +284,28 @@ def _load_parquet(files: list[Path], choose: Callable[[str, list[str]], list[str
             "parquet", data_files=[glob.escape(str(file.absolute())) for file in files], columns=columns, split="train"
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{files[0].parent}: parquet data are damaged: {error.__cause__ or error}") from error
+        place = next(_damage(files, columns), str(files[0].parent))
+        raise ValueError(
+            f"{place}: the parquet data are damaged ({error.__cause__ or error}). Copy or download the file again."
+        ) from error
     return Rows(_keep_encoded(dataset), [str(file) for file in files], starts, root=files[0].parent)
+
+
+def _damage(files: list[Path], columns: list[str]) -> Iterator[str]:
+    """Places that cannot be read, by row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in files:
+        with pq.ParquetFile(file) as parquet:
+            start = 0
+            for group in range(parquet.num_row_groups):
+                end = start + parquet.metadata.row_group(group).num_rows
+                try:
+                    parquet.read_row_group(group, columns)
+                except (pa.ArrowException, OSError):
+                    yield f"{file}, rows {start} to {end - 1}"
+                start = end
 
 
 def _keep_encoded(dataset: "datasets.Dataset") -> "datasets.Dataset":
@@ -299,6 +320,7 @@ def _keep_encoded(dataset: "datasets.Dataset") -> "datasets.Dataset":
 
 def _load_jsonl(path: Path, choose: Callable[[str, list[str]], list[str]]) -> Rows:
     import datasets
+    import pyarrow as pa
 
     records, lines = [], []
     try:
@@ -308,7 +330,7 @@ def _load_jsonl(path: Path, choose: Callable[[str, list[str]], list[str]]) -> Ro
                     continue
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(
                         f"{path}, line {number}: not valid JSON ({error}): {line[:80].rstrip()!r}"
                     ) from error
@@ -335,7 +357,10 @@ def _load_jsonl(path: Path, choose: Callable[[str, list[str]], list[str]]) -> Ro
                     f"{path}, line {number}: {name!r} is {record[name]!r}, a {_kind(record[name])}; the lines before "
                     f"have a {expected}."
                 )
-    dataset = datasets.Dataset.from_dict({name: [record[name] for record in records] for name in columns})
+    try:
+        dataset = datasets.Dataset.from_dict({name: [record[name] for record in records] for name in columns})
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # half a surrogate pair, a number of 30 digits
+        raise ValueError(f"{path}: a value of {', '.join(columns)} cannot be stored: {error}") from error
     return Rows(dataset, [str(path)], [0], lines, root=path.parent)
 
 

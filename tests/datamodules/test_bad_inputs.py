@@ -141,7 +141,7 @@ def test_parquet_files_that_cannot_be_read(tmp_path):
     damaged = bytearray(whole)
     damaged[100:2000] = bytes(1900)
     (tmp_path / "damaged.parquet").write_bytes(bytes(damaged))
-    with pytest.raises(ValueError, match="parquet data are damaged"):
+    with pytest.raises(ValueError, match=r"damaged\.parquet, rows 0 to 5: the parquet data are damaged"):
         open_pairs(tmp_path / "damaged.parquet")
 
 
@@ -165,6 +165,11 @@ def test_files_of_one_data_set_must_agree(tmp_path):
 def test_a_source_that_does_not_exist(source):
     with pytest.raises(FileNotFoundError, match=r"does not exist .*Expected a parquet file, glob or folder"):
         open_pairs(source)
+
+
+def test_an_empty_source():
+    with pytest.raises(ValueError, match="source is empty; expected a file, a folder or a hub id"):
+        open_pairs(" ")
 
 
 def test_a_glob_that_matches_nothing(tmp_path):
@@ -220,6 +225,8 @@ def test_a_hub_id_without_network(monkeypatch):
         ({"jpg_0": None}, r"line 2: 'jpg_0' is null"),
         ({"jpg_0": 5}, r"line 2: 'jpg_0' is 5, a number; the lines before have a string"),
         ({"caption": ""}, r"line 2: 'caption' is '', expected text"),
+        ({"caption": "half of a pair: \ud800"}, r"pairs\.jsonl: a value of caption, .* cannot be stored"),
+        ({"label_0": 10**30}, r"pairs\.jsonl: a value of caption, .* cannot be stored"),
         ({"label_0": 2}, r"line 2: 'label_0' is 2\.0, expected 1"),
         ({"label_0": "yes"}, r"line 2: 'label_0' is 'yes', a string; the lines before have a number"),
     ],
@@ -240,6 +247,7 @@ def test_rows_of_a_jsonl_file(change, message, tmp_path):
     [
         ('{"caption": "a"', r"line 2: not valid JSON .*\"caption\": \"a\""),
         ('["a", "b"]', r"line 2: expected an object"),
+        ("[" * 100_000, r"line 2: not valid JSON"),
         ('{"caption": "a"}', r"line 2: no 'jpg_0'; found 'caption'"),
     ],
 )
