@@ -367,11 +367,11 @@ class PickAPicDataModule(ResumableDataModule):
         )
         images = [columns.image] if single else [columns.image_0, columns.image_1]
         for column in images:
-            problems = rows.image_problems(column)
-            reject(_mask(problems, rows), f"without {column}", lambda row: f"{column!r} {problems[row]}")  # noqa: B023
+            problems = {row: f"{column!r} {problem}" for row, problem in rows.image_problems(column).items()}
+            reject(_mask(problems, rows), f"without {column}", problems.__getitem__)
         if self.verify_images:
             problems = self._verify(rows, np.flatnonzero(keep), images)
-            reject(_mask(problems, rows), "with a damaged image", lambda row: problems[row])
+            reject(_mask(problems, rows), "with a damaged image", problems.__getitem__)
 
         reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
         index = np.flatnonzero(keep)
