@@ -15,12 +15,17 @@ from lightning_modules.cli.app import run
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
-MATCH = [
-    "--data.init_args.preference=match",
-    "--model.init_args.beta=100",
+# About the match the labels say less: pairs as the evaluation samples them, and more prompts to judge by.
+LONGER = [
+    "--model.init_args.optimizer.init_args.lr=3e-5",
+    "--data.init_args.num_inference_steps=20",
+    "--data.init_args.num_test_prompts=200",
     "--trainer.max_steps=200",
+    "--trainer.val_check_interval=200",
 ]
-BOTH = ["--data.init_args.preference=both", "--trainer.max_steps=200"]
+MATCH = ["--data.init_args.preference=match", "--model.init_args.beta=250", *LONGER]
+# Differences below the margin are mostly vividness; what remains is also about the match.
+BOTH = ["--data.init_args.preference=both", "--data.init_args.tie_margin=0.15", "--model.init_args.beta=1000", *LONGER]
 
 
 def evaluate(recipe: str, seed: int, *options: str) -> dict[str, dict]:
