@@ -12,6 +12,13 @@ import pytest
 from tests.tiny import save_sd15
 
 
+@pytest.fixture(autouse=True)
+def _no_seed_of_an_earlier_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`seed_everything` leaves its seed in the environment; every test starts without one."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Stable Diffusion 1.5 pipeline."""

@@ -24,8 +24,14 @@ LONGER = [
     "--trainer.val_check_interval=200",
 ]
 MATCH = ["--data.init_args.preference=match", "--model.init_args.beta=250", *LONGER]
-# Differences below the margin are mostly vividness; what remains is also about the match.
-BOTH = ["--data.init_args.preference=both", "--data.init_args.tie_margin=0.15", "--model.init_args.beta=1000", *LONGER]
+# Differences below the margin are mostly vividness; what remains is also about the match, and needs more pairs.
+BOTH = [
+    "--data.init_args.preference=both",
+    "--data.init_args.num_pairs=2048",
+    "--data.init_args.tie_margin=0.15",
+    "--model.init_args.beta=1500",
+    *LONGER,
+]
 
 
 def evaluate(recipe: str, seed: int, *options: str) -> dict[str, dict]:
