@@ -108,8 +108,8 @@ class Backbone(nn.Module):
         Args:
             compute_dtype: What autocast computes in; float32 switches autocast off.
             keep_reference: Keep a frozen copy of a fully fine-tuned denoiser for `reference`. Adapters need none.
-            weights: Read the weights. False builds the networks from their configs alone, for counting on the meta
-                device.
+            weights: Read the weights. False builds the networks from the configs in a local folder alone, for counting
+                on the meta device.
 
         Raises:
             ValueError: if the pipeline cannot be read or is of another family.
@@ -478,7 +478,7 @@ def check_model_path(option: str, path: str, needed: str, subfolders: tuple[str,
 
 
 def to_low_precision(module: nn.Module | None, dtype: torch.dtype) -> None:
-    """Hold the matrices and convolutions of a frozen network in `dtype`; norms and embeddings' consumers stay float32.
+    """Hold the matrices and convolutions of a frozen network in `dtype`; norms and embeddings stay float32.
 
     Autocast would cast the same weights at every call, so the outputs are the same bit for bit.
     """
