@@ -95,8 +95,9 @@ class AlignmentModule(pl.LightningModule):
                 "with either mixed setting."
             )
         # Adapters start from the run's seed: the same on every rank and in every repetition.
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(batch_seed(self.run_seed, "initial weights", 0))
+        root = self.trainer.strategy.root_device
+        with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
+            torch.manual_seed(batch_seed(self.run_seed, "initial weights", 0))
             self.backbone.load(COMPUTE_DTYPES[precision], keep_reference=self.keep_reference)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             self.backbone.shard(self.device_mesh)
