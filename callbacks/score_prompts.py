@@ -17,7 +17,7 @@ class ScorePrompts(FixedPrompts):
     it beats the base (a tie counts one half). Checkpoints can follow either (`monitor: val/<name>`).
 
     Args:
-        rewards: Name -> reward, for example `{match: {class_path: lightning_modules.rewards.toy_oracle.TextMatch}}`.
+        rewards: Name -> reward, for example `{match: {class_path: lightning_modules.rewards.toy_oracle.ToyOracle}}`.
         prompts: Prompts to draw, or a text file with one per line. A prompt that is listed twice gets two seeds.
         every_n_steps: Optimizer steps between two scorings; one more is made at the end of fit.
         seed: Seed of the first prompt's starting noise; the next prompt has the next seed.

@@ -3,6 +3,8 @@
 import hashlib
 import math
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,9 +13,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from datamodules.batches import PromptBatch
-from lightning_modules.backbones.base import Backbone, available_room
+from lightning_modules.backbones.base import Backbone
 
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -36,6 +39,14 @@ def warmup_factor(step: int, warmup_steps: int, from_zero: bool = False) -> floa
 def scaled_learning_rate(lr: float, effective_pairs: int) -> float:
     """The `scale_lr` rule of the published scripts: base rate times the samples of one optimizer step."""
     return lr * effective_pairs
+
+
+def available_room(folder: Path) -> int:
+    """Free bytes on the disk that holds `folder` (which need not exist yet)."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 class AlignmentModule(pl.LightningModule):
@@ -187,14 +198,21 @@ class AlignmentModule(pl.LightningModule):
             "backbone": type(self.backbone).__name__,
             "pretrained": self.backbone.pretrained,
             "seed": self.run_seed,
+            "trained": {name: tuple(parameter.shape) for name, parameter in trained.items()},
         }
         # A checkpoint inside an accumulation window (interrupt, time limit) carries the gradients gathered so far.
         if self._fit_is_inside_window():
             checkpoint["limelight"]["gradients"] = {
-                name: self.trainer.strategy.reduce(parameter.grad.clone(), reduce_op="mean").cpu()
+                name: self._mean_gradient(parameter.grad)
                 for name, parameter in trained.items()
                 if parameter.grad is not None
             }
+
+    def _mean_gradient(self, gradient: Tensor) -> Tensor:
+        """The whole gradient, mean over the ranks, on the CPU. FSDP2 has reduced its shards already."""
+        if isinstance(gradient, DTensor):
+            return gradient.full_tensor().cpu()
+        return self.trainer.strategy.reduce(gradient.clone(), reduce_op="mean").cpu()
 
     def _fit_is_inside_window(self) -> bool:
         if self._trainer is None or not self.trainer.training:
@@ -203,14 +221,15 @@ class AlignmentModule(pl.LightningModule):
         return self.automatic_optimization and self.trainer.fit_loop._should_accumulate() and progress.current.ready > 0
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the checkpoint with this model before anything is loaded.
+        """Compare the checkpoint with this model before it is trained.
 
         Raises:
             ValueError: if the checkpoint belongs to another method or model.
         """
         ours = {name: tuple(parameter.shape) for name, parameter in self.trained_parameters().items()}
-        saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         about = checkpoint.get("limelight", {})
+        # FSDP2 has taken the weights out by now, so the checkpoint says itself what it holds.
+        saved = about.get("trained", {})
         if saved != ours:
             other = sorted(set(saved.items()) ^ set(ours.items()))
             raise ValueError(
@@ -232,7 +251,10 @@ class AlignmentModule(pl.LightningModule):
         self._apply_configured_learning_rate()
         for name, parameter in self.trained_parameters().items():
             if name in self._pending_gradients:
-                parameter.grad = self._pending_gradients[name].to(parameter)
+                gradient = self._pending_gradients[name].to(parameter.device, parameter.dtype)
+                if isinstance(parameter, DTensor):
+                    gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+                parameter.grad = gradient
         self._pending_gradients = {}
         self.backbone.denoiser.train()
 

@@ -1,6 +1,6 @@
 """The contract between methods and model families: a method may use nothing else (design, section 3)."""
 
-import shutil
+import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -50,12 +50,13 @@ class Backbone(nn.Module):
         num_inference_steps: Sampling steps of generated images.
         guidance_scale: Classifier-free guidance of generated images; 1 switches it off.
         chunk_size: Images encoded, decoded or generated at once, to bound memory; the results do not depend on it.
-        revision: Revision of the hub repositories.
-        variant: Weight-file variant, for example `fp16`.
+        revision: Revision of `pretrained` on the hub.
+        variant: Weight-file variant of `pretrained`, for example `fp16`.
     """
 
     pipeline_class_name: ClassVar[str]  # in diffusers
     denoiser_name: ClassVar[str]  # "unet" or "transformer"
+    denoiser_class_name: ClassVar[str]  # in diffusers
     text_encoder_names: ClassVar[tuple[str, ...]]
     lora_targets: ClassVar[tuple[str, ...]]
 
@@ -79,9 +80,9 @@ class Backbone(nn.Module):
                 "1 or more."
             )
         check_model_path("backbone.pretrained", pretrained, "model_index.json")
-        for name, path in (("denoiser", denoiser), ("vae", vae)):
+        for name, path, subfolder in (("denoiser", denoiser, self.denoiser_name), ("vae", vae, "vae")):
             if path is not None:
-                check_model_path(f"backbone.{name}", path, "config.json", subfolders=(self.denoiser_name, "vae"))
+                check_model_path(f"backbone.{name}", path, "config.json", subfolder)
         self.pretrained = pretrained
         self.denoiser_path = denoiser
         self.vae_path = vae
@@ -389,8 +390,6 @@ class Backbone(nn.Module):
 
     def _build_pipeline(self) -> Any:
         """The pipeline's networks from their configs, weights uninitialised or on the current default device."""
-        import json
-
         import diffusers
         import transformers
 
@@ -415,7 +414,7 @@ class Backbone(nn.Module):
         """The diffusers class of the denoiser."""
         import diffusers
 
-        return {"unet": diffusers.UNet2DConditionModel}[self.denoiser_name]
+        return getattr(diffusers, self.denoiser_class_name)
 
     def _copy_of_denoiser(self, weights: bool = True) -> nn.Module:
         """The starting denoiser, frozen."""
@@ -450,7 +449,7 @@ def load_component(component_class: Any, path: str, subfolder: str) -> nn.Module
     )
 
 
-def check_model_path(option: str, path: str, needed: str, subfolders: tuple[str, ...] = ()) -> None:
+def check_model_path(option: str, path: str, needed: str, subfolder: str = "") -> None:
     """Stop early when a path that can only be local does not hold a model.
 
     Raises:
@@ -458,7 +457,7 @@ def check_model_path(option: str, path: str, needed: str, subfolders: tuple[str,
     """
     folder = Path(path)
     if path and folder.is_dir():
-        if any((folder / part / needed).is_file() for part in ("", *subfolders)):
+        if any((folder / part / needed).is_file() for part in ("", subfolder)):
             return
         raise ValueError(
             f"{option}: the folder {path!r} has no {needed}; expected a folder written by diffusers' "
@@ -487,11 +486,3 @@ def to_low_precision(module: nn.Module | None, dtype: torch.dtype) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.to(dtype)
-
-
-def available_room(folder: Path) -> int:
-    """Free bytes on the disk that holds `folder` (which need not exist yet)."""
-    folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

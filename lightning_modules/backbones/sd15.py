@@ -12,6 +12,7 @@ class SD15(Backbone):
 
     pipeline_class_name = "StableDiffusionPipeline"
     denoiser_name = "unet"
+    denoiser_class_name = "UNet2DConditionModel"
     text_encoder_names = ("text_encoder",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 

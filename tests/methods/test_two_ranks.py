@@ -57,7 +57,6 @@ def test_two_ranks_make_the_update_of_one_rank_with_twice_the_accumulation(one_r
     assert sorted(seen[0] + seen[1]) == pytest.approx(sorted(json.loads((one_rank / "seen_0.json").read_text())))
 
 
-@pytest.mark.slow
 def test_fsdp2_shards_the_adapters_and_resumes(sd15, tmp_path):
     options = {"devices": 2, "accumulate": 1, "strategy": "fsdp2"}
     whole = run(tmp_path / "whole", sd15, steps=3, **options)
