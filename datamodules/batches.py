@@ -8,10 +8,17 @@ from typing import NotRequired, TypedDict
 from torch import Tensor
 
 
-class PairBatch(TypedDict):
+class Cached(TypedDict, total=False):
+    """What a cache gives instead of pixels and of prompts that have to be encoded (see `datamodules/cache.py`)."""
+
+    moments: Tensor  # (2B, 2C, h, w): mean and log-variance of each image's latents, C = channels of the VAE
+    embeddings: dict[str, dict[str, Tensor]]  # each distinct prompt of the batch, and "" -> its encodings, (1, ...)
+
+
+class PairBatch(Cached):
     """B preference pairs. Image `i` was preferred over image `B + i`; both were made for prompt `i`."""
 
-    images: Tensor  # (2B, 3, H, W) float32 in [-1, 1], the B preferred images first
+    images: NotRequired[Tensor]  # (2B, 3, H, W) float32 in [-1, 1], the B preferred images first; absent with `moments`
     prompts: list[str]  # B
     label: Tensor  # (B,) float32: probability that the first image is the better one; 1.0, or 0.5 for a tie
     weight: Tensor  # (B,) float32: weight of the pair in the loss, 1.0 unless the data says otherwise
@@ -20,10 +27,10 @@ class PairBatch(TypedDict):
     ids: list[str]  # B: where each pair comes from, e.g. "train-00000.parquet:17"
 
 
-class ImageBatch(TypedDict):
+class ImageBatch(Cached):
     """B captioned images, for supervised fine-tuning."""
 
-    images: Tensor  # (B, 3, H, W) float32 in [-1, 1]
+    images: NotRequired[Tensor]  # (B, 3, H, W) float32 in [-1, 1]; absent with `moments`
     prompts: list[str]  # B
     original_sizes: NotRequired[Tensor]  # (B, 2)
     crops: NotRequired[Tensor]  # (B, 2)

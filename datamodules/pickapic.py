@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batches import ImageBatch, PairBatch, PromptBatch
 from datamodules.prompts import PromptList
-from datamodules.sampling import ResumableDataModule, evaluation_loader, sample_generator
+from datamodules.sampling import ResumableDataModule, block_order, evaluation_loader, sample_generator
 from datamodules.sources import Rows, load_rows
 from datamodules.transforms import View, decode_image, view_image, view_pair_jointly
 
@@ -220,6 +220,7 @@ class PickAPicDataModule(ResumableDataModule):
         test_prompts: PromptList | None = None,
     ) -> None:
         super().__init__()
+        self.shuffle_shards = 1  # read only for sources that lie in shards
         if resolution < 8 or resolution % 8:
             raise ValueError(f"resolution is {resolution}; expected a positive multiple of 8, the factor of the VAEs.")
         for name, value, least in (
@@ -268,7 +269,20 @@ class PickAPicDataModule(ResumableDataModule):
         return [split for split in splits.get(stage, []) if split is not None]
 
     def train_dataloader(self) -> DataLoader[PairBatch | ImageBatch]:
-        return self.stream_loader(self.train_samples(), self.batch_size, self.num_workers, self.collate)
+        samples = self.train_samples()
+        rows, index = samples.table.rows, samples.table.index
+        order = None
+        if rows.shards is not None:
+            order = partial(block_order, shards=rows.shards[index], shuffle_shards=self.shuffle_shards)
+        return self.stream_loader(
+            samples,
+            self.batch_size,
+            self.num_workers,
+            self.collate,
+            order,
+            prefetch=lambda numbers: rows.prefetch(index[numbers]),
+            identity=rows.identity if order is None else f"{rows.identity}/{self.shuffle_shards}",
+        )
 
     def train_samples(self) -> Samples:
         """The training data, as the loader asks for them."""
@@ -317,9 +331,12 @@ class PickAPicDataModule(ResumableDataModule):
             )
         return wanted
 
+    def _load_rows(self, split: str) -> Rows:
+        return load_rows(self.source, split, self.subset, self._choose_columns)
+
     def _open(self, split: str) -> PairTable:
         """Rows of a split, checked and filtered by whole columns; no image is decoded unless `verify_images` asks."""
-        rows = load_rows(self.source, split, self.subset, self._choose_columns)
+        rows = self._load_rows(split)
         columns, found = self.columns, rows.dataset.column_names
         single = columns.image_0 not in found
         keep = np.ones(len(rows), dtype=bool)

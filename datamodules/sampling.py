@@ -9,6 +9,7 @@ with twice the accumulation.
 
 import os
 from collections.abc import Callable, Iterator, Sized
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,26 @@ def pass_order(seed: int, number: int, num_samples: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, number]).permutation(num_samples)
 
 
+def block_order(seed: int, number: int, shards: np.ndarray, shuffle_shards: int) -> np.ndarray:
+    """Order of the rows in one pass over data that lie in shards: random, yet only a few shards are read at a time.
+
+    The shards are permuted, taken in groups of `shuffle_shards`, and the rows permuted within each group.
+
+    Args:
+        seed: Seed of the run.
+        number: Number of the pass, from 0.
+        shards: (N,) number of the shard that each row lies in.
+        shuffle_shards: Shards in a group.
+
+    Returns:
+        (N,) permutation.
+    """
+    generator = np.random.default_rng([seed, 0, number])
+    present, shard_of_row = np.unique(shards, return_inverse=True)
+    group_of_row = (generator.permutation(len(present)) // shuffle_shards)[shard_of_row]
+    return np.lexsort((generator.permutation(len(shards)), group_of_row))
+
+
 def sample_generator(seed: int, position: int) -> np.random.Generator:
     """Randomness of one visit to one sample: its crop, flip and choice of caption.
 
@@ -59,7 +80,11 @@ class StreamSampler(DistributedSampler):
         rank: This rank.
         seed: Seed of the run.
         start: Says, at the begin of every iteration, how many samples all ranks have seen together.
+        order: Order of the rows in pass number p, as a function of (seed, p); null means `pass_order`.
+        prefetch: Told, ahead of time, which rows come next; null tells nobody.
     """
+
+    LOOKAHEAD = 1024  # rows
 
     def __init__(
         self,
@@ -70,12 +95,16 @@ class StreamSampler(DistributedSampler):
         rank: int,
         seed: int,
         start: Callable[[], int],
+        order: Callable[[int, int], np.ndarray] | None = None,
+        prefetch: Callable[[np.ndarray], None] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)
         self.batch_size = batch_size
         window = batch_size * num_replicas * accumulate_grad_batches
         self.num_batches = max(1, len(dataset) // window) * accumulate_grad_batches
         self.start = start
+        self.order = order or partial(pass_order, num_samples=len(dataset))
+        self.prefetch = prefetch
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
@@ -83,13 +112,17 @@ class StreamSampler(DistributedSampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         # Always a whole epoch from here: of a resumed epoch the Trainer takes only the rest.
         start, num_rows = self.start(), len(self.dataset)
-        number, order = -1, None
+        number, order, told = -1, None, -1
         for batch in range(self.rank, self.num_batches * self.num_replicas, self.num_replicas):
             for position in range(start + batch * self.batch_size, start + (batch + 1) * self.batch_size):
                 if position // num_rows != number:
                     number = position // num_rows
-                    order = pass_order(self.seed, number, num_rows)
-                yield int(order[position % num_rows]), position
+                    order = self.order(self.seed, number)
+                row = position % num_rows
+                if self.prefetch is not None and position // self.LOOKAHEAD != told:
+                    told = position // self.LOOKAHEAD
+                    self.prefetch(order[row : row + 2 * self.LOOKAHEAD])
+                yield int(order[row]), position
 
 
 class EvaluationSampler(DistributedSampler):
@@ -153,6 +186,7 @@ class ResumableDataModule(LightningDataModule):
         self._restored: dict[str, Any] | None = None
         self._batch_size = 0
         self._num_rows = 0
+        self._identity = ""
 
     @property
     def run_seed(self) -> int:
@@ -173,6 +207,7 @@ class ResumableDataModule(LightningDataModule):
         return {
             "seed": self.run_seed,
             "rows": self._num_rows,
+            "identity": self._identity,
             "samples_seen": self.samples_seen,
             "batches_seen": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed,
             "batch_size": self._batch_size,
@@ -189,7 +224,14 @@ class ResumableDataModule(LightningDataModule):
         self._restored = dict(state_dict)
 
     def stream_loader(
-        self, dataset: Dataset, batch_size: int, num_workers: int, collate: Callable[[list], Any]
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        num_workers: int,
+        collate: Callable[[list], Any],
+        order: Callable[[int, int], np.ndarray] | None = None,
+        prefetch: Callable[[np.ndarray], None] | None = None,
+        identity: str = "",
     ) -> StreamLoader:
         """The training loader: one Lightning epoch from the place where training stands.
 
@@ -198,6 +240,9 @@ class ResumableDataModule(LightningDataModule):
             batch_size: Samples per device and micro-batch.
             num_workers: Processes that load data.
             collate: Makes a batch of a list of samples.
+            order: Order of the rows in pass number p, as a function of (seed, p).
+            prefetch: Told, ahead of time, which rows come next.
+            identity: Names the rows and what else decides their order; a resumed run must have the same.
         """
         trainer, num_rows = self.trainer, len(dataset)
         if batch_size > num_rows:
@@ -211,7 +256,13 @@ class ResumableDataModule(LightningDataModule):
                 "of samples cannot be continued. Give the data set and filters of the first run, or start a new run "
                 "from its exported weights."
             )
-        self._batch_size, self._num_rows = batch_size, num_rows
+        if self._restored is not None and self._restored["identity"] != identity:
+            raise ValueError(
+                f"The checkpoint was trained on {num_rows} rows of other files, or in another order of shards: the "
+                "order of samples cannot be continued. Give the data set and settings of the first run (its "
+                "config.yaml), or start a new run from its exported weights."
+            )
+        self._batch_size, self._num_rows, self._identity = batch_size, num_rows, identity
         repair_progress(trainer.fit_loop)
         sampler = StreamSampler(
             dataset,
@@ -221,6 +272,8 @@ class ResumableDataModule(LightningDataModule):
             trainer.global_rank,
             self.run_seed,
             start=lambda: self.samples_seen,
+            order=order,
+            prefetch=prefetch,
         )
         if self._restored is not None:
             now = {

@@ -1,6 +1,7 @@
 """Rows from wherever users keep them: hub, parquet, JSONL, folders of images; every row knows its file and number."""
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -31,6 +32,7 @@ class Rows:
         starts: First row of each file.
         lines: Line number of each row, for JSONL.
         root: Folder that image paths are relative to.
+        shards: (N,) number of the shard that each row is read from, where only a few should be read at a time.
     """
 
     dataset: "datasets.Dataset"
@@ -38,9 +40,19 @@ class Rows:
     starts: list[int]
     lines: list[int] | None = None
     root: Path | None = None
+    shards: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def identity(self) -> str:
+        """Hash of the files' names and numbers of rows: another order of samples has another one."""
+        content = json.dumps([[os.path.basename(file) for file in self.files], self.starts, len(self)])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Told, ahead of time, which rows are going to be asked for."""
 
     def place(self, row: int) -> tuple[str, int]:
         """File of a row and its number there: lines count from 1, rows from 0."""

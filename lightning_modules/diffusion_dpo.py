@@ -151,8 +151,8 @@ class DiffusionDPO(AlignmentModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         prompts = drop_prompts(batch["prompts"], torch.rand(len(batch["prompts"]), device="cpu"), self.prompt_dropout)
-        latents = self.backbone.encode_images(batch["images"])  # (2B, C, h, w), preferred first
-        condition = self.backbone.encode_prompts(prompts).repeat_pair()
+        latents = self.backbone.latents(batch)  # (2B, C, h, w), preferred first
+        condition = self.backbone.condition(batch, prompts)
 
         error, reference_error = self.denoising_errors(latents, condition)
         loss, margin = diffusion_dpo_loss(error, reference_error, self.beta, self.loss_type, batch["label"])
@@ -188,8 +188,8 @@ class DiffusionDPO(AlignmentModule):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """The implicit reward as a classifier of held-out pairs: the sign of the mean margin over several draws."""
-        latents = self.backbone.encode_images(batch["images"])
-        condition = self.backbone.encode_prompts(batch["prompts"]).repeat_pair()
+        latents = self.backbone.latents(batch)
+        condition = self.backbone.condition(batch, batch["prompts"])
         draws = [self.denoising_errors(latents, condition) for _ in range(self.validation_draws)]
         margins = torch.stack([dpo_margin(error, reference_error) for error, reference_error in draws])
         losses = torch.stack(

@@ -46,18 +46,18 @@ class DiffusionSFT(AlignmentModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         prompts = drop_prompts(batch["prompts"], torch.rand(len(batch["prompts"]), device="cpu"), self.prompt_dropout)
-        loss = self.denoising_loss(batch["images"], prompts)
+        loss = self.denoising_loss(batch, prompts)
         self.log_window({"loss": loss})
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        loss = self.denoising_loss(batch["images"], batch["prompts"])
+        loss = self.denoising_loss(batch, batch["prompts"])
         self.log("val/loss", loss, batch_size=len(batch["prompts"]), sync_dist=True)
 
-    def denoising_loss(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Mean squared error of the prediction, images (B, 3, H, W) in [-1, 1] -> scalar float32."""
-        latents = self.backbone.encode_images(images)
-        condition = self.backbone.encode_prompts(prompts)
+    def denoising_loss(self, batch: ImageBatch, prompts: list[str]) -> Tensor:
+        """Mean squared error of the prediction over a batch, the prompts perhaps dropped -> scalar float32."""
+        latents = self.backbone.latents(batch)
+        condition = self.backbone.condition(batch, prompts)
         noise = draw_noise(latents, self.noise_offset)
         t = self.backbone.sample_timesteps(len(latents))
         noised, target = self.backbone.add_noise(latents, noise, t)

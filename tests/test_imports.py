@@ -16,7 +16,11 @@ ARROWS = {
     "main": ("lightning_modules.cli",),
     "lightning_modules.cli": ("lightning_modules.cli", "lightning_modules.base"),
     "lightning_modules.functional": ("lightning_modules.functional",),
-    "lightning_modules.backbones": ("lightning_modules.backbones.base", "lightning_modules.functional"),
+    "lightning_modules.backbones": (
+        "lightning_modules.backbones",
+        "lightning_modules.functional",
+        "datamodules.batches",
+    ),
     "lightning_modules.rewards.toy_oracle": ("lightning_modules.rewards.base", "datamodules.toy_world"),
     "lightning_modules.rewards": ("lightning_modules.rewards.base", "lightning_modules.functional"),
     "lightning_modules.base": (

@@ -1,5 +1,6 @@
 """The contract between methods and model families: a method may use nothing else (design, section 3)."""
 
+import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -11,16 +12,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from datamodules.batches import ImageBatch, PairBatch
 from lightning_modules.functional.latents import sample_posterior
 from lightning_modules.functional.noise import PredictionType, add_noise, draw_noise, regression_target, to_x0
 
 
 class Conditioning(dict[str, Tensor]):
     """What the network is conditioned on: named tensors, every one with B in front."""
-
-    def repeat_pair(self) -> "Conditioning":
-        """(B, ...) -> (2B, ...): both images of a pair share their prompt."""
-        return self.cat([self, self])
 
     def __getitem__(self, key: Any) -> Any:
         """A tensor by name, or, for an index or slice, the conditioning of these samples."""
@@ -95,11 +93,16 @@ class Backbone(nn.Module):
         self.variant = variant
         self.pipeline: Any = None
         self.compute_dtype = torch.float32
+        self.fingerprints: dict[str, str] = {}
 
     # ------------------------------------------------------------------------------------------------ life cycle
 
     def load(
-        self, compute_dtype: torch.dtype = torch.float32, keep_reference: bool = False, weights: bool = True
+        self,
+        compute_dtype: torch.dtype = torch.float32,
+        keep_reference: bool = False,
+        weights: bool = True,
+        fingerprint: bool = False,
     ) -> None:
         """Build the networks, freeze what is not trained, add the adapters.
 
@@ -111,6 +114,8 @@ class Backbone(nn.Module):
             keep_reference: Keep a frozen copy of a fully fine-tuned denoiser for `reference`. Adapters need none.
             weights: Read the weights. False builds the networks from the configs in a local folder alone, for counting
                 on the meta device.
+            fingerprint: Fill `fingerprints` with a hash of the VAE's and of each text encoder's weights, by which a
+                cache of what they computed is recognised.
 
         Raises:
             ValueError: if the pipeline cannot be read or is of another family.
@@ -124,9 +129,13 @@ class Backbone(nn.Module):
             if module is not None:
                 self.add_module(name, module.requires_grad_(False).eval())
 
-        frozen = ["vae", *self.text_encoder_names]
-        if self.lora is not None:
-            frozen.append(self.denoiser_name)
+        encoders = ["vae", *self.text_encoder_names]
+        if fingerprint:
+            self.fingerprints = {name: fingerprint_of(getattr(self, name)) for name in encoders if hasattr(self, name)}
+        frozen = [*encoders, self.denoiser_name] if self.lora is not None else encoders
+        if compute_dtype == torch.float16 and self.vae.config.get("force_upcast", False):
+            frozen.remove("vae")  # its activations overflow float16, as its config says
+            run_in_float32(self.vae)
         for name in frozen:
             to_low_precision(getattr(self, name, None), compute_dtype)
 
@@ -225,24 +234,68 @@ class Backbone(nn.Module):
 
     # ------------------------------------------------------------------------------------------- text and images
 
+    def latents(self, batch: PairBatch | ImageBatch) -> Tensor:
+        """Latents of a batch's images, from its pixels or from its cached moments.
+
+        Returns:
+            (N, C, h, w) float32, one draw from the VAE's posterior for each of the N images (2B for pairs).
+        """
+        if "moments" in batch:
+            return self.sample_latents(batch["moments"])
+        return self.encode_images(batch["images"])
+
+    def condition(self, batch: PairBatch | ImageBatch, prompts: list[str]) -> Conditioning:
+        """What the network is conditioned on for each of the N images of a batch.
+
+        Args:
+            batch: B pairs (N = 2B images) or B images.
+            prompts: B prompts: the batch's, or "" where one was dropped.
+
+        Returns:
+            Conditioning of N images, without gradient: the two images of a pair share their prompt.
+        """
+        if "embeddings" in batch:
+            condition = Conditioning.cat([Conditioning(batch["embeddings"][prompt]) for prompt in prompts])
+        else:
+            condition = self.encode_prompts(prompts)
+        images = batch["moments"] if "moments" in batch else batch["images"]
+        condition = Conditioning.cat([condition] * (len(images) // len(prompts)))
+        return self.add_sizes(condition, batch)
+
+    def add_sizes(self, condition: Conditioning, batch: PairBatch | ImageBatch) -> Conditioning:
+        """Add what a family is told about the sizes of the images; most are told nothing."""
+        return condition
+
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning of B prompts, without gradient."""
 
     @torch.no_grad()
+    def encode_moments(self, images: Tensor) -> Tensor:
+        """Mean and log-variance of the VAE's posterior: (N, 3, H, W) images in [-1, 1] -> (N, 2C, h, w)."""
+        with self.autocast():
+            return torch.cat([self.vae.encode(chunk).latent_dist.parameters for chunk in images.split(self.chunk_size)])
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Draw the latents of images from the VAE's posterior, one draw per image.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1].
+            images: (N, 3, H, W) in [-1, 1].
 
         Returns:
-            (B, C, h, w) float32 latents, shifted and scaled for the denoiser.
+            (N, C, h, w) float32 latents, shifted and scaled for the denoiser.
         """
-        with self.autocast():
-            moments = torch.cat(
-                [self.vae.encode(chunk).latent_dist.parameters for chunk in images.split(self.chunk_size)]
-            )
+        return self.sample_latents(self.encode_moments(images))
+
+    def sample_latents(self, moments: Tensor) -> Tensor:
+        """Draw latents from the VAE's posterior.
+
+        Args:
+            moments: (N, 2C, h, w) mean and log-variance of each image, as the VAE's encoder gives them.
+
+        Returns:
+            (N, C, h, w) float32, shifted and scaled for the denoiser.
+        """
         mean, logvar = moments.float().chunk(2, dim=1)
         return sample_posterior(mean, logvar, draw_noise(mean), self.vae.config.scaling_factor, self.shift_factor)
 
@@ -486,3 +539,25 @@ def to_low_precision(module: nn.Module | None, dtype: torch.dtype) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.to(dtype)
+
+
+def run_in_float32(vae: nn.Module) -> None:
+    """Have a VAE encode and decode in float32 whatever autocast says."""
+
+    def widened(method: Any) -> Any:
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(x.device.type, enabled=False):
+                return method(x.float(), *args, **kwargs)
+
+        return call
+
+    vae.encode, vae.decode = widened(vae.encode), widened(vae.decode)
+
+
+def fingerprint_of(module: nn.Module) -> str:
+    """Hash of a network's weights: equal for equal names, shapes, types and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -233,9 +233,9 @@ def test_another_denoiser_is_start_and_reference(sd15, tmp_path):
             assert torch.equal(backbone.predict(x, t, condition), expected)
 
 
-def test_conditioning_repeats_indexes_and_concatenates():
+def test_conditioning_indexes_and_concatenates():
     condition = Conditioning(a=torch.arange(6).view(3, 2), b=torch.arange(3))
-    assert condition.repeat_pair()["b"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert Conditioning.cat([condition] * 2)["b"].tolist() == [0, 1, 2, 0, 1, 2]
     assert condition[1:]["a"].tolist() == [[2, 3], [4, 5]]
     assert Conditioning.cat([condition[:1], condition[2:]])["b"].tolist() == [0, 2]
 

@@ -30,7 +30,7 @@ def count_parts(module: DiffusionDPO) -> dict[str, float]:
     backbone = module.backbone
     latents = torch.empty(2, 4, 64, 64, device="meta")
     t = torch.zeros(2, dtype=torch.long, device="meta")
-    condition = backbone.encode_prompts(["a"]).repeat_pair()
+    condition = Conditioning.cat([backbone.encode_prompts(["a"])] * 2)
     predictions = []
     parts = {"policy, forward": teraflop(lambda: predictions.append(backbone.predict(latents, t, condition)))}
     parts["policy, backward"] = teraflop(lambda: predictions[0].sum().backward())
@@ -55,7 +55,7 @@ def count_activations(module: DiffusionDPO) -> float:
         return tensor
 
     latents = torch.empty(2, 4, 64, 64, device="meta")
-    condition = backbone.encode_prompts(["a"]).repeat_pair()
+    condition = Conditioning.cat([backbone.encode_prompts(["a"])] * 2)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         prediction = backbone.predict(latents, torch.zeros(2, dtype=torch.long, device="meta"), condition)
     del prediction
