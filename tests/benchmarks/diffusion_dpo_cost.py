@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_modules.backbones.base import Conditioning
 from lightning_modules.diffusion_dpo import DiffusionDPO
 from tests.methods.test_diffusion_dpo_cost import build, count_step
 from tests.real_size import save_sd15_configs
