@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tests.tiny import save_sd15
+from tests.tiny import save_sd15, save_sdxl
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +29,15 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random pipeline with v-prediction, like Stable Diffusion 2.1."""
     return save_sd15(tmp_path_factory.mktemp("sd21"), prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Stable Diffusion XL pipeline."""
+    return save_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random pipeline with the scheduler of SDXL-Turbo."""
+    return save_sdxl(tmp_path_factory.mktemp("sdxl_turbo"), turbo=True)

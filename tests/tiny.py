@@ -102,7 +102,122 @@ def save_sd15(
     return folder
 
 
-def save_clip_tokenizer(folder: Path | str, max_length: int = 77) -> Path:
+def save_sdxl(
+    folder: Path | str,
+    turbo: bool = False,
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+    image_size: int = 16,
+    seed: int = 0,
+) -> Path:
+    """Save a random Stable Diffusion XL pipeline with `save_pretrained`.
+
+    As in the real one, the second tokenizer pads with "!", the first level of the UNet has no attention, the last has
+    two transformer layers per block, and the VAE asks to be run in float32. Latents are half the image's size.
+
+    Args:
+        folder: Where the pipeline goes; made if absent.
+        turbo: With SDXL-Turbo's scheduler instead of SDXL's.
+        prediction_type: What the UNet is told to predict.
+        image_size: Height and width of the images; a multiple of 8.
+        seed: Seed of the weights; the global random state is left alone.
+
+    Returns:
+        The folder, ready for `from_pretrained`.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder = Path(folder)
+    tokenizers = {}
+    for name, pad_token in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        tokenizers[name] = CLIPTokenizer.from_pretrained(save_clip_tokenizer(folder / name, pad_token=pad_token))
+    schedule = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "prediction_type": prediction_type,
+    }
+    if turbo:
+        scheduler = EulerAncestralDiscreteScheduler(**schedule, timestep_spacing="trailing")
+    else:
+        scheduler = EulerDiscreteScheduler(**schedule, timestep_spacing="leading")
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text = {
+            "num_attention_heads": 2,
+            "bos_token_id": tokenizers["tokenizer"].bos_token_id,
+            "eos_token_id": tokenizers["tokenizer"].eos_token_id,
+            "initializer_factor": 20.0,  # otherwise every prompt has nearly the same embedding
+            "vocab_size": len(tokenizers["tokenizer"]),
+        }
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=WIDTH,
+                intermediate_size=2 * WIDTH,
+                num_hidden_layers=2,
+                projection_dim=WIDTH,
+                pad_token_id=tokenizers["tokenizer"].pad_token_id,
+                **text,
+            )
+        )
+        text_encoder_2 = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=2 * WIDTH,
+                intermediate_size=4 * WIDTH,
+                num_hidden_layers=3,
+                projection_dim=2 * WIDTH,
+                hidden_act="gelu",
+                pad_token_id=tokenizers["tokenizer_2"].pad_token_id,
+                **text,
+            )
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(WIDTH, WIDTH),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=2,
+            sample_size=image_size,
+            scaling_factor=0.13025,
+            force_upcast=True,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=image_size // 2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(WIDTH, WIDTH, 2 * WIDTH),
+            transformer_layers_per_block=(1, 1, 2),
+            layers_per_block=1,
+            cross_attention_dim=3 * WIDTH,
+            attention_head_dim=(1, 2, 4),
+            norm_num_groups=2,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=WIDTH,
+            projection_class_embeddings_input_dim=6 * WIDTH + 2 * WIDTH,
+        )
+    StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        text_encoder_2=text_encoder_2.eval(),
+        **tokenizers,
+        unet=unet,
+        scheduler=scheduler,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_clip_tokenizer(folder: Path | str, max_length: int = 77, pad_token: str = "<|endoftext|>") -> Path:
     """Save a CLIP tokenizer without merges, so that every byte is a token and no text is unknown."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -113,6 +228,6 @@ def save_clip_tokenizer(folder: Path | str, max_length: int = 77) -> Path:
     vocab = {token: number for number, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "pad_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "pad_token": pad_token}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
