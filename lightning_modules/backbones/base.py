@@ -313,6 +313,7 @@ class Backbone(nn.Module):
     # ------------------------------------------------------------------------------------------------- diffusion
 
     prediction_type: PredictionType = "epsilon"
+    num_timesteps: int  # of the training schedule; timesteps lie in [0, num_timesteps)
 
     @abstractmethod
     def sample_timesteps(self, n: int) -> Tensor:

@@ -29,6 +29,7 @@ class SD15(Backbone):
                 f"backbone.pretrained: the scheduler of {self.pretrained!r} says prediction_type "
                 f"{self.prediction_type!r}; SD15 trains epsilon and v_prediction."
             )
+        self.num_timesteps = len(alphas_cumprod)
         device = self.device
         self.register_buffer("alphas", alphas_cumprod.sqrt().float().to(device), persistent=False)
         self.register_buffer("sigmas", (1 - alphas_cumprod).sqrt().float().to(device), persistent=False)
