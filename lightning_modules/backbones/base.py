@@ -1,6 +1,7 @@
 """The contract between methods and model families: a method may use nothing else (design, section 3)."""
 
 import hashlib
+import inspect
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from datamodules.batches import ImageBatch, PairBatch
 from lightning_modules.functional.latents import sample_posterior
 from lightning_modules.functional.noise import PredictionType, add_noise, draw_noise, regression_target, to_x0
+
+# What diffusers, transformers and the hub raise on folders and ids that they cannot read.
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 class Conditioning(dict[str, Tensor]):
@@ -78,6 +82,8 @@ class Backbone(nn.Module):
                 "1 or more."
             )
         check_model_path("backbone.pretrained", pretrained, "model_index.json")
+        if Path(pretrained).is_dir():
+            self.check_parts(read_index(Path(pretrained)))
         for name, path, subfolder in (("denoiser", denoiser, self.denoiser_name), ("vae", vae, "vae")):
             if path is not None:
                 check_model_path(f"backbone.{name}", path, "config.json", subfolder)
@@ -133,8 +139,8 @@ class Backbone(nn.Module):
         if fingerprint:
             self.fingerprints = {name: fingerprint_of(getattr(self, name)) for name in encoders if hasattr(self, name)}
         frozen = [*encoders, self.denoiser_name] if self.lora is not None else encoders
-        if compute_dtype == torch.float16 and self.vae.config.get("force_upcast", False):
-            frozen.remove("vae")  # its activations overflow float16, as its config says
+        if compute_dtype == torch.float16 and must_stay_float32(self.vae):
+            frozen.remove("vae")
             run_in_float32(self.vae)
         for name in frozen:
             to_low_precision(getattr(self, name, None), compute_dtype)
@@ -407,6 +413,29 @@ class Backbone(nn.Module):
 
     # --------------------------------------------------------------------------------------------------- loading
 
+    def check_parts(self, index: dict[str, Any]) -> None:
+        """Stop before any weights are read when a pipeline is of another family.
+
+        Args:
+            index: The pipeline's `model_index.json`.
+
+        Raises:
+            ValueError: if its denoiser and text encoders are not this family's.
+        """
+        found = {
+            name
+            for name, entry in index.items()
+            if name.startswith(("unet", "transformer", "text_encoder")) and is_component(entry)
+        }
+        expected = {self.denoiser_name, *self.text_encoder_names}
+        if found != expected:
+            raise ValueError(
+                f"backbone.pretrained: {self.pretrained!r} is a {index.get('_class_name', 'pipeline')} with "
+                f"{', '.join(sorted(found)) or 'neither denoiser nor text encoder'}; {type(self).__name__} expects "
+                f"{', '.join(sorted(expected))} (a {self.pipeline_class_name}). Each family has its own class in "
+                "lightning_modules/backbones: choose the other one, or another model."
+            )
+
     def _pipeline_class(self) -> Any:
         import diffusers
 
@@ -416,6 +445,7 @@ class Backbone(nn.Module):
         """The diffusers pipeline in float32, safetensors only, with other components where the user named them."""
         import diffusers
         import transformers
+        from huggingface_hub import hf_hub_download
 
         # Bars for files that load in a moment; downloads keep theirs.
         diffusers.utils.logging.disable_progress_bar()
@@ -423,6 +453,13 @@ class Backbone(nn.Module):
         pipeline_class = self._pipeline_class()
         replaced = {}
         options = {"revision": self.revision, "variant": self.variant, "use_safetensors": True, "dtype": torch.float32}
+        folder = Path(self.pretrained)
+        try:
+            if not folder.is_dir():
+                folder = Path(hf_hub_download(self.pretrained, "model_index.json", revision=self.revision)).parent
+        except LOADING_ERRORS as error:
+            raise self._cannot_load(error) from error
+        self.check_parts(read_index(folder))
         try:
             if self.denoiser_path is not None:
                 replaced[self.denoiser_name] = load_component(
@@ -432,15 +469,18 @@ class Backbone(nn.Module):
                 from diffusers import AutoencoderKL
 
                 replaced["vae"] = load_component(AutoencoderKL, self.vae_path, "vae")
-            return pipeline_class.from_pretrained(
-                self.pretrained, safety_checker=None, requires_safety_checker=False, **options, **replaced
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(
-                f"backbone.pretrained: cannot load {self.pretrained!r} as a {self.pipeline_class_name}: "
-                f"{first_line(error)} Expected a folder written by diffusers' `save_pretrained` with safetensors "
-                "weights, or a hub id that is reachable or cached."
-            ) from error
+            if has_safety_checker(pipeline_class):
+                replaced |= {"safety_checker": None, "requires_safety_checker": False}
+            return pipeline_class.from_pretrained(self.pretrained, **options, **replaced)
+        except LOADING_ERRORS as error:
+            raise self._cannot_load(error) from error
+
+    def _cannot_load(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"backbone.pretrained: cannot load {self.pretrained!r} as a {self.pipeline_class_name}: "
+            f"{first_line(error)} Expected a folder written by diffusers' `save_pretrained` with safetensors "
+            "weights, or a hub id that is reachable or cached."
+        )
 
     def _build_pipeline(self) -> Any:
         """The pipeline's networks from their configs, weights uninitialised or on the current default device."""
@@ -449,9 +489,8 @@ class Backbone(nn.Module):
 
         folder = Path(self.pretrained)
         parts: dict[str, Any] = {}
-        index = json.loads((folder / "model_index.json").read_text())
-        for name, entry in index.items():
-            if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+        for name, entry in read_index(folder).items():
+            if name.startswith("_") or not is_component(entry):
                 continue
             part_class = getattr({"diffusers": diffusers, "transformers": transformers}[entry[0]], entry[1])
             if issubclass(part_class, transformers.PreTrainedModel):
@@ -460,7 +499,7 @@ class Backbone(nn.Module):
                 parts[name] = part_class.from_config(part_class.load_config(folder / name))
             else:
                 parts[name] = part_class.from_pretrained(folder / name)
-        if "safety_checker" in self._pipeline_class().__init__.__code__.co_varnames:
+        if has_safety_checker(self._pipeline_class()):
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return self._pipeline_class()(**parts)
 
@@ -486,6 +525,37 @@ class Backbone(nn.Module):
                 dtype=torch.float32,
             )
         return module.requires_grad_(False).eval()
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline's folder.
+
+    Raises:
+        ValueError: if it is not what `save_pretrained` writes.
+    """
+    file = folder / "model_index.json"
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"backbone.pretrained: {file} is not JSON ({error}); copy the pipeline anew.") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"backbone.pretrained: {file} holds no list of parts; copy the pipeline anew.")
+    return index
+
+
+def is_component(entry: Any) -> bool:
+    """Whether an entry of `model_index.json` names a part that is there: ["diffusers", "AutoencoderKL"]."""
+    return isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None
+
+
+def has_safety_checker(pipeline_class: Any) -> bool:
+    """Whether a pipeline can hold the image filter, which is never used here."""
+    return "safety_checker" in inspect.signature(pipeline_class.__init__).parameters
+
+
+def must_stay_float32(vae: nn.Module) -> bool:
+    """Whether a VAE's activations overflow float16, as its config says; diffusers' default says nothing about it."""
+    return vae.config.get("force_upcast", False) and "force_upcast" not in vae.config.get("_use_default_values", ())
 
 
 def first_line(error: BaseException) -> str:
