@@ -360,6 +360,8 @@ class PickAPicDataModule(ResumableDataModule):
         label_0 = np.ones(len(rows))
         if not single and self.require_label:
             leave_out(rows.numbers(columns.has_label, missing=0.0) == 0.0, "without a vote")
+        for reason, problems in rows.problems().items():
+            reject(_mask(problems, rows), reason, problems.__getitem__)
         if not single and columns.label_0 is not None:
             label_0 = rows.numbers(columns.label_0, missing=np.nan)
             reject(

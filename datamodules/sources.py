@@ -116,6 +116,10 @@ class Rows:
         missing[pc.list_parent_indices(column).to_numpy()[is_blank(pc.list_flatten(column)).to_numpy()]] = True
         return missing
 
+    def problems(self) -> dict[str, dict[int, str]]:
+        """What is wrong with rows as the files hold them, beyond their values: reason -> row -> problem."""
+        return {}
+
     def image_problems(self, name: str) -> dict[int, str]:
         """Row -> problem, where an image is absent or out of reach; decodes nothing and reads no image bytes."""
         import pyarrow as pa
