@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 @cache
 def manifest(method: str) -> dict[str, dict[str, Any]]:
     cases = json.loads((GOLDEN / method / "manifest.json").read_text())["cases"]
-    return {case["case"]: case for case in cases}
+    return {Path(case["file"]).stem: case for case in cases}
 
 
 def case_names(method: str, prefix: str) -> list[str]:
@@ -26,9 +26,9 @@ def case_names(method: str, prefix: str) -> list[str]:
 
 
 def load_case(method: str, case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a case by name, and its parameters."""
+    """All tensors of a case by name, and its parameters: `params`, or, in a manifest without, all it says of the case."""
     about = manifest(method)[case]
-    return load_file(GOLDEN / method / about["file"]), about["params"]
+    return load_file(GOLDEN / method / about["file"]), about.get("params", about)
 
 
 def assert_golden(method: str, case: str, **actual: Tensor | float) -> None:
