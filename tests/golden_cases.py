@@ -26,7 +26,7 @@ def case_names(method: str, prefix: str) -> list[str]:
 
 
 def load_case(method: str, case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a case by name, and its parameters: `params`, or, in a manifest without, all it says of the case."""
+    """All tensors of a case by name, and its parameters: `params`, or in a manifest without them all that it says."""
     about = manifest(method)[case]
     return load_file(GOLDEN / method / about["file"]), about.get("params", about)
 
