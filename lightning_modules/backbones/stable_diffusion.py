@@ -1,0 +1,54 @@
+"""What Stable Diffusion 1, 2 and XL have in common: CLIP's tokens and a discrete DDPM schedule."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_modules.backbones.base import Backbone
+
+
+def clip_tokens(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """(B, L) int64 tokens of B prompts, cut and padded to the text encoder's window; a cut is announced."""
+    length = tokenizer.model_max_length
+    tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    for prompt, row in zip(prompts, tokens.tolist(), strict=True):
+        # Only a prompt that fills the window can have been cut: its first end token is in the last slot.
+        if row.index(tokenizer.eos_token_id) == length - 1 and len(tokenizer(prompt).input_ids) > length:
+            rank_zero_warn(
+                f"A prompt is longer than the text encoder's {length} tokens and is cut there, as in every Stable "
+                f"Diffusion pipeline: {prompt[:60]!r}..."
+            )
+    return tokens
+
+
+def training_schedule(backbone: Backbone) -> Tensor:
+    """(T,) float64 on the CPU: the alphas_cumprod that the pipeline was trained with, whatever its sampler.
+
+    Raises:
+        ValueError: if the scheduler's config holds no DDPM schedule, or its prediction type is not trained here.
+    """
+    from diffusers import DDPMScheduler
+
+    config = backbone.pipeline.scheduler.config
+    where = f"backbone.pretrained: the scheduler of {backbone.pretrained!r}"
+    family = type(backbone).__name__
+    if "beta_schedule" not in config or config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{where}, a {config.get('_class_name')}, has no DDPM schedule (betas); {family} trains models that have "
+            "one, not flow-matching or EDM models."
+        )
+    if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"{where} says prediction_type {config['prediction_type']!r}; {family} trains epsilon and v_prediction."
+        )
+    with torch.device("cpu"):  # also when the networks are on the meta device
+        return DDPMScheduler.from_config(config).alphas_cumprod.double()
+
+
+def hold_schedule(backbone: Backbone, alphas_cumprod: Tensor) -> None:
+    """Give the backbone its prediction type and, as (T,) float32 buffers, `alphas` and `sigmas`."""
+    backbone.prediction_type = backbone.pipeline.scheduler.config.get("prediction_type", "epsilon")
+    for name, squares in (("alphas", alphas_cumprod), ("sigmas", 1 - alphas_cumprod)):
+        backbone.register_buffer(name, squares.sqrt().float().to(backbone.device), persistent=False)
