@@ -116,31 +116,41 @@ class Samples(Dataset):
         row = int(self.table.index[number])
         values = rows.dataset[row]
         generator = sample_generator(self.seed, 0 if position is None else position)
-
         caption = values[columns.caption]
         if isinstance(caption, list):
             caption = caption[0 if position is None else int(generator.integers(len(caption)))]
+        views = self.views(number, values, generator)
+        tie = self.table.label_0 is not None and self.table.label_0[number] == 0.5
+        return {"views": views, "prompt": caption, "label": 0.5 if tie else 1.0, "id": rows.id(row)}
 
-        def image(column: str) -> Image.Image:
+    def views(self, number: int, values: dict[str, Any], generator: np.random.Generator) -> list[View]:
+        """What is shown of the images of a row, the preferred one first.
+
+        Args:
+            number: The row's place in the table.
+            values: The row's values.
+            generator: Decides crops and flips.
+        """
+        columns, rows = self.table.columns, self.table.rows
+        label_0 = None if self.table.label_0 is None else self.table.label_0[number]
+        names = [columns.image] if label_0 is None else [columns.image_0, columns.image_1]
+        order = range(len(names))[:: -1 if label_0 == 0 else 1][: 1 if self.preferred_only else 2]
+
+        def image(which: int) -> Image.Image:
             try:
-                return decode_image(rows.stored_image(values[column]), self.resolution)
+                return decode_image(rows.stored_image(values[names[which]]), self.resolution)
             except ValueError as error:
                 raise ValueError(
-                    f"{rows.where(row)} (prompt {caption[:40]!r}): {column!r} {error}. `verify_images: true` finds all "
-                    "such rows before training starts, and with `on_bad_row: drop` leaves them out."
+                    f"{rows.where(int(self.table.index[number]))} (prompt {str(values[columns.caption])[:40]!r}): "
+                    f"{names[which]!r} {error}. `verify_images: true` finds all such rows before training starts, and "
+                    "with `on_bad_row: drop` leaves them out."
                 ) from error
 
-        label_0 = None if self.table.label_0 is None else float(self.table.label_0[number])
         augmentation = (self.resolution, self.random_crop, self.horizontal_flip, generator)
-        if label_0 is None:
-            views = [view_image(image(columns.image), *augmentation)]
-        elif self.joint and not self.preferred_only:
-            views = list(view_pair_jointly(image(columns.image_0), image(columns.image_1), *augmentation))
-            views = views[::-1] if label_0 == 0 else views
-        else:
-            ordered = [columns.image_1, columns.image_0] if label_0 == 0 else [columns.image_0, columns.image_1]
-            views = [view_image(image(column), *augmentation) for column in ordered[: 1 if self.preferred_only else 2]]
-        return {"views": views, "prompt": caption, "label": 0.5 if label_0 == 0.5 else 1.0, "id": rows.id(row)}
+        if self.joint and len(order) == 2:
+            views = view_pair_jointly(image(0), image(1), *augmentation)
+            return [views[which] for which in order]
+        return [view_image(image(which), *augmentation) for which in order]
 
 
 def collate_images(samples: list[dict[str, Any]]) -> ImageBatch:
