@@ -48,7 +48,8 @@ def training_schedule(backbone: Backbone) -> Tensor:
 
 
 def hold_schedule(backbone: Backbone, alphas_cumprod: Tensor) -> None:
-    """Give the backbone its prediction type and, as (T,) float32 buffers, `alphas` and `sigmas`."""
+    """Give the backbone its prediction type, `num_timesteps` T and, as (T,) float32 buffers, `alphas` and `sigmas`."""
     backbone.prediction_type = backbone.pipeline.scheduler.config.get("prediction_type", "epsilon")
+    backbone.num_timesteps = len(alphas_cumprod)
     for name, squares in (("alphas", alphas_cumprod), ("sigmas", 1 - alphas_cumprod)):
         backbone.register_buffer(name, squares.sqrt().float().to(backbone.device), persistent=False)
