@@ -13,15 +13,47 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
     import fsspec
 
+T = TypeVar("T")
 PAUSES = (1.0, 5.0)  # seconds before the second and before the third attempt
+
+
+def persist(name: str, action: Callable[[], T]) -> T:
+    """Do what may fail for a moment, in up to three attempts.
+
+    Args:
+        name: What it is about, for error messages.
+        action: Does it.
+
+    Raises:
+        FileNotFoundError: if what is asked for is not there.
+        ValueError: as the action raises it; it would not succeed the next time.
+        OSError: of the last attempt, or at once where permission or space on the disk are missing.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return action()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}: there is no such file.") from error
+        except (PermissionError, ImportError, ValueError):
+            raise
+        except Exception as error:  # the file systems of fsspec raise each its own library's
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            if pause is None:
+                raise OSError(
+                    f"{name}: {len(PAUSES) + 1} attempts failed, the last with: {str(error) or type(error).__name__}"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
 
 
 class ShardCache:
@@ -31,25 +63,17 @@ class ShardCache:
 
     Args:
         folder: Keeps the copies; made if it does not exist.
-        limit_gb: Gigabytes (10^9 bytes) of copies to keep; those used longest ago make room. Downloads that are under
-            way come on top.
+        limit_gb: Gigabytes (10^9 bytes) of copies to keep; those used longest ago make room. What is being downloaded
+            comes on top.
         allow_shell_pipes: Run the commands of `pipe:` addresses, through bash.
-        convert: Makes of a copy, given first, the file that is kept, given second.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        limit_gb: float,
-        allow_shell_pipes: bool = False,
-        convert: Callable[[Path, Path], None] | None = None,
-    ) -> None:
-        if not limit_gb > 0:
-            raise ValueError(f"cache_gb is {limit_gb}; expected more than 0: the size of several shards.")
+    def __init__(self, folder: Path, limit_gb: float, allow_shell_pipes: bool = False) -> None:
+        if not 0 < limit_gb < float("inf"):
+            raise ValueError(f"cache_gb is {limit_gb}; expected gigabytes for several shards, more than 0.")
         self.folder = Path(folder).expanduser().absolute()
-        self.limit_gb = limit_gb
+        self.limit = int(limit_gb * 1e9)
         self.allow_shell_pipes = allow_shell_pipes
-        self.convert = convert
         self._thread: threading.Thread | None = None
         self._lists: queue.SimpleQueue | None = None
         try:
@@ -61,116 +85,103 @@ class ShardCache:
                 f"{self.folder}: shards cannot be kept here ({error.strerror}). Give a folder that can be written to "
                 "with `data.init_args.cache_dir`."
             ) from error
-        # Left by downloads that were killed, unless somebody holds the lock.
-        for unfinished in (*self.folder.glob("*.part"), *self.folder.glob("*.converted")):
-            with suppress(Timeout), FileLock(unfinished.with_suffix(".lock"), timeout=0):
-                unfinished.unlink(missing_ok=True)
+        for part in self.folder.glob("*.part"):  # left by a download that was killed, unless somebody holds its lock
+            with suppress(Timeout), FileLock(part.with_suffix(".lock"), timeout=0):
+                part.unlink(missing_ok=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_thread": None, "_lists": None}
 
-    def path(self, url: str) -> Path:
-        """A local file with the content of an address; where it must be downloaded first, returns when that is done.
+    def path(self, shard: str) -> Path:
+        """A local file with the content of a shard; where it must be downloaded first, returns when that is done.
 
         Args:
-            url: Path of a file, URL of any protocol of fsspec, or `pipe:` and a command that writes the shard.
+            shard: Path of a file, URL of any protocol of fsspec, or `pipe:` and a command that writes the shard.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the address cannot be used, or the cache is too small for the shard.
             OSError: if three attempts failed, or the disk is full.
         """
-        local = local_path(url)
-        if local is not None:
-            if not local.is_file():
-                raise FileNotFoundError(f"{local}: no such file (looked in {os.getcwd()}).")
-            if self.convert is None:
-                return local
-        copy = self.folder / f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}.shard"
-        if not _mark_used(copy):
-            with FileLock(copy.with_suffix(".lock")):
-                if not _mark_used(copy):  # nobody else has been faster
-                    self._fetch(url, copy)
-        return copy
+        local = local_path(shard)
+        if local is None:
+            return self.copy(shard, shown(shard), partial(self._download, shard))
+        if not local.is_file():
+            raise FileNotFoundError(f"{local}: no such file (looked in {os.getcwd()}).")
+        return local
 
-    def prefetch(self, urls: list[str]) -> None:
-        """Have a thread of this process download shards, until they fill half of the cache; replaces earlier lists.
+    def copy(self, key: str, name: str, write: Callable[[Path], None]) -> Path:
+        """The file of a key, written at the first call.
 
         Args:
-            urls: The shards, in the order in which they will be needed.
+            key: Stands for the content of the file.
+            name: What it is a copy of, for error messages.
+            write: Writes the file under the name that it is given.
+
+        Raises:
+            ValueError, OSError: as `path` does.
+        """
+        copy = self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.shard"
+        if _mark_used(copy):
+            return copy
+        with FileLock(copy.with_suffix(".lock")):
+            if _mark_used(copy):  # another process was faster
+                return copy
+            # With the lock held, an unfinished file can only be a dead process's; its command may still write to it.
+            part = copy.with_suffix(".part")
+            part.unlink(missing_ok=True)
+            try:
+                persist(name, partial(write, part))
+                self._make_room(name, part.stat().st_size)
+                os.replace(part, copy)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise OSError(
+                        f"{self.folder}: the disk is full while {name} is copied to it. Make room, lower "
+                        f"`data.init_args.cache_gb` (now {self.limit / 1e9:g}), or give another "
+                        "`data.init_args.cache_dir`."
+                    ) from error
+                raise
+            finally:
+                part.unlink(missing_ok=True)
+            _mark_used(copy)
+        return copy
+
+    def prefetch(self, shards: list) -> None:
+        """Have a thread of this process download shards until they fill half of the cache; replaces earlier lists.
+
+        Args:
+            shards: As `path` takes them, in the order in which they will be needed.
         """
         if self._thread is None or not self._thread.is_alive():  # never begun, or left behind by a fork
             self._lists = queue.SimpleQueue()
             self._thread = threading.Thread(target=self._prefetch, args=(self._lists,), daemon=True)
             self._thread.start()
-        self._lists.put(urls)
+        self._lists.put(shards)
 
     def _prefetch(self, lists: queue.SimpleQueue) -> None:
         while True:
-            size = 0.0
-            for url in lists.get():
+            size = 0
+            for shard in lists.get():
                 with suppress(OSError, ValueError):  # whoever needs the shard tries again, and tells
-                    size += self.path(url).stat().st_size
-                if size > self.limit_gb * 1e9 / 2 or not lists.empty():
+                    size += self.path(shard).stat().st_size
+                if size > self.limit / 2 or not lists.empty():
                     break
 
-    def _fetch(self, url: str, copy: Path) -> None:
-        """Make the copy. The caller holds its lock, so that unfinished files of this shard are from a dead process."""
-        part, converted = copy.with_suffix(".part"), copy.with_suffix(".converted")
-        for leftover in (part, converted):
-            leftover.unlink(missing_ok=True)
-        try:
-            source = local_path(url)
-            if source is None:
-                self._download(url, part)
-                source = part
-            if self.convert is not None:
-                self.convert(source, converted)
-                source = converted
-            self._make_room(url, source.stat().st_size)
-            os.replace(source, copy)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise OSError(
-                    f"{self.folder}: the disk is full while {shown(url)} is copied to it. Make room, lower "
-                    f"`data.init_args.cache_gb` (now {self.limit_gb:g}), or give another `data.init_args.cache_dir`."
-                ) from error
-            raise
-        finally:
-            for leftover in (part, converted):
-                leftover.unlink(missing_ok=True)
-        _mark_used(copy)
-
     def _download(self, url: str, part: Path) -> None:
-        for attempt in range(len(PAUSES) + 1):
-            try:
-                if url.startswith("pipe:"):
-                    self._run(url, part)
-                else:
-                    self._copy(url, part)
-                return
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{shown(url)}: there is no such file.") from error
-            except (PermissionError, ImportError, ValueError):
-                raise  # will not be better the next time
-            except Exception as error:  # each file system of fsspec raises its own library's
-                if getattr(error, "errno", None) == errno.ENOSPC:
-                    raise
-                if attempt == len(PAUSES):
-                    raise OSError(
-                        f"{shown(url)}: {attempt + 1} attempts to download it failed, the last with: "
-                        f"{str(error) or type(error).__name__}"
-                    ) from error
-                time.sleep(PAUSES[attempt])
-
-    def _copy(self, url: str, part: Path) -> None:
+        if url.startswith("pipe:"):
+            return self._run(url, part)
         filesystem, path = open_filesystem(url)
-        size = filesystem.info(path).get("size")
+        try:
+            size = filesystem.info(path)["size"]
+        except FileNotFoundError:  # says http also of a server that does not tell; the download will
+            size = None
         if size is not None:
-            self._make_room(url, size)
+            self._make_room(shown(url), size)
         filesystem.get_file(path, str(part))
         if size is not None and part.stat().st_size != size:
             raise OSError(f"the download ended after {part.stat().st_size} of {size} bytes")
+        return None
 
     def _run(self, url: str, part: Path) -> None:
         if not self.allow_shell_pipes:
@@ -184,23 +195,22 @@ class ShardCache:
             result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE)
         if result.returncode != 0 or part.stat().st_size == 0:
             lines = result.stderr.decode(errors="replace").strip().splitlines() or ["(it wrote no message)"]
-            raise OSError(f"exit code {result.returncode}, {part.stat().st_size} bytes: {lines[-1]}")
+            raise OSError(f"exit code {result.returncode}, {part.stat().st_size} bytes: {lines[-1][:500]}")
 
-    def _make_room(self, url: str, size: int) -> None:
+    def _make_room(self, name: str, size: int) -> None:
         """Remove the copies used longest ago until `size` further bytes fit under the limit."""
-        limit = self.limit_gb * 1e9
-        if size > limit:
+        if size > self.limit:
             raise ValueError(
-                f"{shown(url)} has {size / 1e9:.3g} GB, but the cache may hold only {self.limit_gb:g} GB: raise "
+                f"{name} has {size / 1e9:.3g} GB, but the cache may hold only {self.limit / 1e9:g} GB: raise "
                 "`data.init_args.cache_gb` to the size of several shards."
             )
         copies = []
         for file in self.folder.glob("*.shard"):
             with suppress(FileNotFoundError):  # removed by another process
                 copies.append((file.stat().st_mtime_ns, file.stat().st_size, file))
-        for _, bytes_, file in sorted(copies, reverse=True):
-            size += bytes_
-            if size > limit:
+        for _, num_bytes, file in sorted(copies, reverse=True):
+            size += num_bytes
+            if size > self.limit:
                 file.unlink(missing_ok=True)
 
 
