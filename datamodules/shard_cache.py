@@ -131,7 +131,7 @@ class ShardCache:
             part = copy.with_suffix(".part")
             part.unlink(missing_ok=True)
             try:
-                persist(name, partial(write, part))
+                write(part)
                 self._make_room(name, part.stat().st_size)
                 os.replace(part, copy)
             except OSError as error:
@@ -169,8 +169,9 @@ class ShardCache:
                     break
 
     def _download(self, url: str, part: Path) -> None:
-        if url.startswith("pipe:"):
-            return self._run(url, part)
+        persist(shown(url), partial(self._run if url.startswith("pipe:") else self._get, url, part))
+
+    def _get(self, url: str, part: Path) -> None:
         filesystem, path = open_filesystem(url)
         try:
             size = filesystem.info(path)["size"]
@@ -181,7 +182,6 @@ class ShardCache:
         filesystem.get_file(path, str(part))
         if size is not None and part.stat().st_size != size:
             raise OSError(f"the download ended after {part.stat().st_size} of {size} bytes")
-        return None
 
     def _run(self, url: str, part: Path) -> None:
         if not self.allow_shell_pipes:

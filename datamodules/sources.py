@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+Choose = Callable[[str, list[str]], list[str]]
 SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "test", "validation_unique", "test_unique")
 
 
@@ -147,6 +148,29 @@ class Rows:
                 problems[row] = str(error)
         return problems
 
+    def image_bytes(self, name: str) -> np.ndarray | None:
+        """(N,) bytes of each encoded image, 0 where there is none; None where only reading the images would tell."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self.column(name)
+        kind, fields = column.type, []
+        if pa.types.is_struct(kind):
+            fields = [kind.field(i).name for i in range(kind.num_fields)]
+        if "size" in fields:
+            return pc.fill_null(pc.struct_field(column, "size"), 0).to_numpy()
+        data, paths = column, column
+        if {"bytes", "path"} <= set(fields):
+            data, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
+        lengths = np.zeros(len(self), dtype=np.int64)
+        if pa.types.is_binary(data.type) or pa.types.is_large_binary(data.type):
+            lengths = pc.fill_null(pc.binary_length(data), 0).to_numpy().astype(np.int64)
+        if pa.types.is_string(paths.type) and self.root is not None:
+            for row in map(int, np.flatnonzero(lengths == 0)):
+                path = paths[row].as_py()
+                lengths[row] = 0 if path is None else os.path.getsize(self.root / path)
+        return lengths if lengths.any() else None
+
     def stored_image(self, value: Any) -> bytes | Path:
         """Encoded bytes, or file, of an image as a row holds it: bytes, a path, or the hub's {"bytes", "path"}.
 
@@ -176,7 +200,14 @@ def _resolve(folder: Path) -> Path:
     return folder.resolve()
 
 
-def load_rows(source: str, split: str, subset: str | None, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+def load_rows(
+    source: str,
+    split: str,
+    subset: str | None,
+    choose: Choose,
+    load_parquet: Callable[[list[Path], Choose], Rows] | None = None,
+    load_hub: Callable[[str, str, str | None, Choose], Rows] | None = None,
+) -> Rows:
     """Open a data set.
 
     Args:
@@ -184,23 +215,26 @@ def load_rows(source: str, split: str, subset: str | None, choose: Callable[[str
         split: Name of the split.
         subset: Name of the hub data set's configuration.
         choose: Given the source's name and its columns, says which to read, or raises.
+        load_parquet: Opens parquet files. Null has them converted and mapped into memory.
+        load_hub: Opens a hub data set, given its id, split and subset. Null downloads and converts it.
     """
+    load_parquet, load_hub = load_parquet or _load_parquet, load_hub or _load_hub
     path = Path(source).expanduser()
     if not source.strip():
         raise ValueError("source is empty; expected a file, a folder or a hub id.")
     if path.is_dir():
-        return _load_folder(path, split, choose)
+        return _load_folder(path, split, choose, load_parquet)
     if path.is_file():
-        _only_train(source, split, {_stem(path), "train"})
-        return _load_file(path, choose)
+        _only_train(source, split, {file_stem(path), "train"})
+        return _load_file(path, choose, load_parquet)
     if glob.has_magic(source):
         files = sorted(Path(name) for name in glob.glob(os.path.expanduser(source), recursive=True))
         if not files:
             raise FileNotFoundError(f"No file matches {source!r}. The pattern is relative to {os.getcwd()}.")
         _only_train(source, split, {"train"})
-        return _load_parquet(files, choose)
+        return load_parquet(files, choose)
     if source.count("/") == 1 and source[0] not in "./~" and not source.endswith((".parquet", ".jsonl")):
-        return _load_hub(source, split, subset, choose)
+        return load_hub(source, split, subset, choose)
     raise FileNotFoundError(
         f"{source!r} does not exist (looked in {os.getcwd()}). Expected a parquet file, glob or folder, a JSONL file, "
         "a folder of images, or a hub id such as 'owner/name'."
@@ -216,17 +250,17 @@ def _only_train(source: str, split: str, available: set[str]) -> None:
         )
 
 
-def _stem(path: Path) -> str:
+def file_stem(path: Path) -> str:
     """Name of a file without its number: `train` for train.parquet and for train-00000-of-00012.parquet."""
     return re.sub(r"[-_.]\d+([-_]of[-_]\d+)?$", "", path.stem)
 
 
-def _load_folder(folder: Path, split: str, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+def _load_folder(folder: Path, split: str, choose: Choose, load_parquet: Callable[[list[Path], Choose], Rows]) -> Rows:
     inside = folder / split if (folder / split).is_dir() else folder
     files = sorted(inside.rglob("*.parquet")) or sorted(inside.glob("*.jsonl"))
     if inside == folder:
-        named = [file for file in files if _stem(file) == split]
-        available = {_stem(file) for file in files} | {child.name for child in folder.iterdir() if child.is_dir()}
+        named = [file for file in files if file_stem(file) == split]
+        available = {file_stem(file) for file in files} | {child.name for child in folder.iterdir() if child.is_dir()}
         available &= set(SPLIT_NAMES)
         if not named and (split != "train" or available):
             raise ValueError(
@@ -237,37 +271,42 @@ def _load_folder(folder: Path, split: str, choose: Callable[[str, list[str]], li
     if not files:
         return _load_images(inside, choose)
     if files[0].suffix == ".parquet":
-        return _load_parquet(files, choose)
+        return load_parquet(files, choose)
     if len(files) > 1:
         raise ValueError(f"{inside}: {len(files)} JSONL files ({files[0].name}, {files[1].name}, ...); expected one.")
     return _load_jsonl(files[0], choose)
 
 
-def _load_file(path: Path, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+def _load_file(path: Path, choose: Choose, load_parquet: Callable[[list[Path], Choose], Rows]) -> Rows:
     if path.suffix == ".parquet":
-        return _load_parquet([path], choose)
+        return load_parquet([path], choose)
     if path.suffix == ".jsonl":
         return _load_jsonl(path, choose)
     raise ValueError(f"{path}: files of type {path.suffix or '(none)'!r} are not read; expected .parquet or .jsonl.")
 
 
-def _load_hub(source: str, split: str, subset: str | None, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+def _load_hub(source: str, split: str, subset: str | None, choose: Choose) -> Rows:
     import datasets
 
     try:
         dataset = datasets.load_dataset(source, subset, split=split)
     # Not found, no network, gated, unknown split or configuration; damaged files.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"Hub data set {source!r}, split {split!r}: {error}\nIf this machine has no network, give the path of a "
-            "downloaded copy (a folder of parquet files) as source. Pick-a-Pic has left its first address: any mirror "
-            "with the same columns will do, and `columns` maps other names."
-        ) from error
+        raise ValueError(hub_problem(source, split, error)) from error
     name = f"{source}[{split}]"
     return Rows(_keep_encoded(dataset.select_columns(choose(name, dataset.column_names))), [name], [0])
 
 
-def _load_parquet(files: list[Path], choose: Callable[[str, list[str]], list[str]]) -> Rows:
+def hub_problem(source: str, split: str, error: Exception) -> str:
+    """For error messages: why a hub data set could not be opened, and what to do."""
+    return (
+        f"Hub data set {source!r}, split {split!r}: {error}\nIf this machine has no network, give the path of a "
+        "downloaded copy (a folder of parquet files) as source. Pick-a-Pic has left its first address: any mirror "
+        "with the same columns will do, and `columns` maps other names."
+    )
+
+
+def _load_parquet(files: list[Path], choose: Choose) -> Rows:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -334,7 +373,7 @@ def _keep_encoded(dataset: "datasets.Dataset") -> "datasets.Dataset":
     return dataset
 
 
-def _load_jsonl(path: Path, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+def _load_jsonl(path: Path, choose: Choose) -> Rows:
     import datasets
     import pyarrow as pa
 
@@ -390,7 +429,7 @@ def _kind(value: Any) -> str:
     return {"str": "string"}.get(type(value).__name__, type(value).__name__)
 
 
-def _load_images(folder: Path, choose: Callable[[str, list[str]], list[str]]) -> Rows:
+def _load_images(folder: Path, choose: Choose) -> Rows:
     """A folder of `<name>_w.png`, `<name>_l.png`, `<name>.txt`; or of `<name>.png`, `<name>.txt`."""
     import datasets
 
