@@ -1,0 +1,248 @@
+"""Preference pairs in tars, near or far: the indices of many shards as one table; images are read by their place."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from datamodules.shard_cache import ShardCache, local_path, open_filesystem, persist, shown
+from datamodules.sources import Rows
+from datamodules.tar_index import BLOCK, DAMAGED, VERSION, PairMembers, ShardIndex, index_tar, replacing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OPEN_SHARDS = 64  # per process
+CHANGED = "The shard has been changed since it was indexed: start again, without the copies in `cache_dir`"
+
+
+def shard_name(url: str) -> str:
+    """The name of a shard without its folder, in commands and URLs too."""
+    names = re.findall(r"[^/\s?]+\.tar\b", url)
+    return names[-1] if names else os.path.basename(url)
+
+
+def sidecar(shard: str) -> str:
+    """Where the index of a shard lies that `pack` and `index` write."""
+    return f"{shard}.index"
+
+
+def fingerprint(url: str) -> str:
+    """Changes when a shard does, as far as can be told without reading it: by size and time, of a command not at all.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: if there is no such shard.
+    """
+    local = local_path(url)
+    if local is not None:
+        if local.is_dir():
+            raise ValueError(f"{local}: is a folder, expected tars: give {str(local / '*.tar')!r}.")
+        status = local.stat()
+        return f"{local.absolute()} {status.st_size} {status.st_mtime_ns}"
+    if url.startswith("pipe:"):
+        return url
+    filesystem, path = open_filesystem(url)
+    return f"{url} {sorted(persist(shown(url), lambda: filesystem.info(path)).items())}"
+
+
+def find_index(url: str, state: str, members: PairMembers, cache: ShardCache) -> ShardIndex:
+    """The index of a shard: kept from the last time, or from beside a remote shard, or made by reading the shard.
+
+    The index beside a local shard is only compared with what the shard says.
+
+    Args:
+        url: Address of the shard.
+        state: Its `fingerprint`.
+        members: What its members are called.
+        cache: Keeps the index, and the copy of a shard that must be downloaded for it.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: if the shard cannot be read, or the index beside it does not fit.
+    """
+    kept = _kept(cache, "parquet", state, members)
+    if kept.exists():
+        with suppress(ValueError):  # of another version
+            return ShardIndex.load(kept)
+    beside = read_sidecar(url)
+    if beside is not None and beside.members != members:
+        raise ValueError(_unfit(url, f"was made for members called {beside.members}"))
+    if beside is None or local_path(url) is not None:
+        index = index_tar(cache.path(url), members, shown(url))
+        if beside is not None and not (beside.size == index.size and beside.table.equals(index.table)):
+            raise ValueError(_unfit(url, "tells of other samples"))
+    else:
+        index = beside
+    index.save(kept)
+    return index
+
+
+def read_sidecar(url: str) -> ShardIndex | None:
+    """The index beside a shard, if there is one.
+
+    Raises:
+        ValueError: if it is damaged, or of a shard of another size.
+    """
+    local = local_path(url)
+    try:
+        if local is not None:
+            file = Path(sidecar(str(local)))
+            if not file.exists():
+                return None
+            size = local.stat().st_size
+        elif url.startswith("pipe:") or "?" in url:  # has no beside
+            return None
+        else:
+            filesystem, path = open_filesystem(url)
+            if not filesystem.exists(sidecar(path)):
+                return None
+            file = io.BytesIO(persist(shown(sidecar(url)), lambda: filesystem.cat_file(sidecar(path))))
+            size = persist(shown(url), lambda: filesystem.info(path)).get("size")
+        index = ShardIndex.load(file)
+    except ValueError as error:
+        raise ValueError(_unfit(url, f"is {error}")) from error
+    if size is not None and index.size != size:
+        raise ValueError(_unfit(url, f"was made for {index.size} bytes, the shard has {size}"))
+    return index
+
+
+def _unfit(url: str, what: str) -> str:
+    return (
+        f"{shown(url)}: the index beside it, {shown(sidecar(url))}, {what}. Make it again, with "
+        "`python -m datamodules.pickapic_shards index`, or delete it."
+    )
+
+
+def _kept(cache: ShardCache, kind: str, state: str | list[str], members: PairMembers) -> Path:
+    content = json.dumps([VERSION, state, asdict(members)])
+    return cache.folder / "index" / f"{hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}.{kind}"
+
+
+def open_tars(urls: list[str], members: PairMembers, cache: ShardCache) -> "TarRows":
+    """All samples of the shards as one table, memory-mapped.
+
+    Args:
+        urls: The shards.
+        members: What their members are called.
+        cache: Keeps what has been read of them.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: if a shard cannot be read. What is wrong inside are `TarRows.problems`.
+    """
+    import datasets
+    import pyarrow as pa
+
+    with ThreadPoolExecutor(16) as pool:
+        states = list(pool.map(fingerprint, urls))
+    merged = _kept(cache, "arrow", states, members)
+    if not merged.exists():
+        merged.parent.mkdir(exist_ok=True)
+        table, sizes = _merge(urls, states, members, cache)
+        schema = table.schema.with_metadata({"sizes": json.dumps(sizes)})
+        with replacing(merged) as part, pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            writer.write_table(table)
+    with pa.memory_map(str(merged)) as file:
+        sizes = json.loads(pa.ipc.open_stream(file).schema.metadata[b"sizes"])
+    rows = TarRows(datasets.Dataset.from_file(str(merged)), urls, [], cache=cache, sizes=sizes)
+    rows.shards = rows.numbers("shard", missing=-1).astype(np.int32)
+    rows.starts = np.searchsorted(rows.shards, np.arange(len(urls))).tolist()
+    return rows
+
+
+def _merge(urls: list[str], states: list[str], members: PairMembers, cache: ShardCache) -> tuple["pa.Table", list[int]]:
+    """All indices in one table whose places know their shard, and the sizes of the tars."""
+    import pyarrow as pa
+    from rich.progress import track
+
+    unread = [
+        url
+        for url, state in zip(urls, states, strict=True)
+        if local_path(url) is None and not _kept(cache, "parquet", state, members).exists()
+    ]
+    indices = []
+    for url, state in track(list(zip(urls, states, strict=True)), "Indexing shards", disable=len(urls) == 1):
+        if url in unread:
+            cache.prefetch(unread[unread.index(url) :])
+        indices.append(find_index(url, state, members, cache))
+    table = pa.concat_tables(index.table for index in indices).combine_chunks()
+    shard = pa.array(np.repeat(np.arange(len(urls), dtype=np.int32), [len(index.table) for index in indices]))
+    for name in ("image_0", "image_1"):
+        place = pa.StructArray.from_arrays(
+            [shard, *table[name].combine_chunks().flatten()], ["shard", "offset", "size", "check"]
+        )
+        table = table.set_column(table.schema.get_field_index(name), name, place)
+    return table.append_column("shard", shard), [index.size for index in indices]
+
+
+@dataclass
+class TarRows(Rows):
+    """Samples in tars. An image of a row is the place where its bytes lie.
+
+    Attributes:
+        cache: Gives local files for the shards.
+        sizes: Bytes of each shard.
+    """
+
+    cache: ShardCache | None = None
+    sizes: list[int] = field(default_factory=list)
+    _files: dict[int, BinaryIO] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    @property
+    def identity(self) -> str:
+        content = json.dumps([[shard_name(url) for url in self.files], self.starts, self.sizes, len(self)])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        shards = dict.fromkeys(self.shards[rows].tolist())
+        if remote := [self.files[shard] for shard in shards if local_path(self.files[shard]) is None]:
+            self.cache.prefetch(remote)
+
+    def key(self, row: int) -> str:
+        return self.dataset.data.column("key")[row].as_py()
+
+    def where(self, row: int) -> str:
+        return f"{shown(self.place(row)[0])}, key {self.key(row)[:80]!r}"
+
+    def id(self, row: int) -> str:
+        return f"{shard_name(self.place(row)[0])}:{self.key(row)}"
+
+    def problems(self) -> dict[str, dict[int, str]]:
+        reasons, problems = self.column("reason"), self.column("problem")
+        found: dict[str, dict[int, str]] = {DAMAGED: {}}  # told first: it explains what is missing
+        for row in map(int, np.flatnonzero(problems.is_valid())):
+            found.setdefault(reasons[row].as_py(), {})[row] = problems[row].as_py()
+        return found
+
+    def image_problems(self, name: str) -> dict[int, str]:
+        return {}  # an absent image is one of `problems`
+
+    def stored_image(self, value: dict[str, int]) -> bytes:
+        file = self._file(value["shard"])
+        stored = os.pread(file.fileno(), BLOCK + value["size"], value["offset"] - BLOCK)
+        if len(stored) != BLOCK + value["size"] or zlib.crc32(stored[:BLOCK]) != value["check"]:
+            raise ValueError(f"is not at byte {value['offset']}, where the index places it. {CHANGED}")
+        return stored[BLOCK:]
+
+    def _file(self, shard: int) -> BinaryIO:
+        """The shard, opened; the files opened longest ago are closed."""
+        file = self._files.pop(shard, None)
+        if file is None:
+            while len(self._files) >= OPEN_SHARDS:
+                self._files.pop(next(iter(self._files))).close()
+            path = self.cache.path(self.files[shard])
+            file = path.open("rb", buffering=0)
+            if (size := os.fstat(file.fileno()).st_size) != self.sizes[shard]:
+                raise ValueError(f"lies in {path}, which has {size} bytes instead of {self.sizes[shard]}. {CHANGED}")
+        self._files[shard] = file
+        return file
