@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_modules.cli.checkpoints import AtomicCheckpointIO, check_checkpoint
-from lightning_modules.cli.machine import check_machine
+from lightning_modules.cli.machine import check_machine, check_optimizer
 from lightning_modules.cli.parser import LimelightParser
 from lightning_modules.cli.run_folder import RUNS, RunLogger, SaveRun, check_writable, last_checkpoint, run_name
 from lightning_modules.cli.schema import import_rooms, save_schema
@@ -44,6 +44,8 @@ class App(LimelightParser):
         config.name = run_name(config.name, config.config)
         self.save_config_callback = SaveRun
         check_machine(config.trainer)
+        if self.subcommand == "fit":
+            check_optimizer(config.model, config.trainer)
         check_writable(RUNS / config.name)
         if config.ckpt_path == "last":
             config.ckpt_path = str(last_checkpoint(RUNS / config.name))

@@ -58,3 +58,26 @@ def check_machine(trainer: Any) -> None:
             "other nodes for ever. Start every node with torchrun or srun: the commands are in "
             "cli_configs/trainer/2nodes.yaml."
         )
+
+
+def check_optimizer(model: Any, trainer: Any) -> None:
+    """Check that the optimizer of a training run can be built on this machine.
+
+    Args:
+        model: The parsed `model` section, before anything is instantiated.
+        trainer: The parsed `trainer` section.
+    """
+    settings = getattr(model, "init_args", None)
+    name = getattr(getattr(settings, "optimizer", None), "class_path", "")
+    if not name.startswith("bitsandbytes.") and name != "lightning_modules.optimizers.AdamW8bit":
+        return
+    missing = []
+    if importlib.util.find_spec("bitsandbytes") is None:
+        missing.append("the package bitsandbytes, which is not installed (`uv sync --extra bitsandbytes`)")
+    if not torch.cuda.device_count() or str(trainer.accelerator) == "cpu":
+        missing.append("a CUDA GPU, which this run does not use")
+    if missing:
+        raise ValueError(
+            f"model.optimizer is {name}; it needs {' and '.join(missing)}. Without it, train the same run with "
+            "`--model.optimizer torch.optim.AdamW`, which takes 6 bytes more of memory per trained weight."
+        )
