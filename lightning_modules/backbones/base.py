@@ -81,13 +81,13 @@ class Backbone(nn.Module):
                 f"backbone: chunk_size is {chunk_size} and num_inference_steps is {num_inference_steps}; both must be "
                 "1 or more."
             )
+        self.pretrained = pretrained
         check_model_path("backbone.pretrained", pretrained, "model_index.json")
         if Path(pretrained).is_dir():
             self.check_parts(read_index(Path(pretrained)))
         for name, path, subfolder in (("denoiser", denoiser, self.denoiser_name), ("vae", vae, "vae")):
             if path is not None:
                 check_model_path(f"backbone.{name}", path, "config.json", subfolder)
-        self.pretrained = pretrained
         self.denoiser_path = denoiser
         self.vae_path = vae
         self.lora = lora
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
         if fingerprint:
             self.fingerprints = {name: fingerprint_of(getattr(self, name)) for name in encoders if hasattr(self, name)}
         frozen = [*encoders, self.denoiser_name] if self.lora is not None else encoders
-        if compute_dtype == torch.float16 and must_stay_float32(self.vae):
+        if compute_dtype == torch.float16 and self.vae_overflows_float16:
             frozen.remove("vae")
             run_in_float32(self.vae)
         for name in frozen:
@@ -309,6 +309,12 @@ class Backbone(nn.Module):
     def shift_factor(self) -> float:
         """The VAE's shift of latents; families before SD3 have none."""
         return getattr(self.vae.config, "shift_factor", None) or 0.0
+
+    @property
+    def vae_overflows_float16(self) -> bool:
+        """Whether the VAE's config says so; diffusers' default for configs that say nothing does not count."""
+        config = self.vae.config
+        return config.get("force_upcast", False) and "force_upcast" not in config.get("_use_default_values", ())
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents -> (B, 3, H, W) float32 images, nominally in [-1, 1]; gradients flow through."""
@@ -551,11 +557,6 @@ def is_component(entry: Any) -> bool:
 def has_safety_checker(pipeline_class: Any) -> bool:
     """Whether a pipeline can hold the image filter, which is never used here."""
     return "safety_checker" in inspect.signature(pipeline_class.__init__).parameters
-
-
-def must_stay_float32(vae: nn.Module) -> bool:
-    """Whether a VAE's activations overflow float16, as its config says; diffusers' default says nothing about it."""
-    return vae.config.get("force_upcast", False) and "force_upcast" not in vae.config.get("_use_default_values", ())
 
 
 def first_line(error: BaseException) -> str:

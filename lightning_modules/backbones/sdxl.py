@@ -113,7 +113,7 @@ class SDXL(Backbone):
         ):
             raise ValueError(
                 f"backbone.pretrained: {self.pretrained!r} is the SDXL refiner, which finishes the base model's "
-                "images and is told an aesthetic score instead of a size; it is not trained here. Expected a base model "
+                "images and is told an aesthetic score instead of a size; it is not trained here. Expected a model "
                 "such as stabilityai/stable-diffusion-xl-base-1.0, or stabilityai/sdxl-turbo."
             )
         super().check_parts(index)
@@ -137,6 +137,11 @@ class SDXL(Backbone):
             self.fingerprints["empty_prompt"] = "zeros"  # a cache made without the option holds other embeddings
         self.turbo_choices = {"uniform": 0, "turbo": 3, "turbo_published": 4}[timesteps]
         hold_schedule(self, zero_terminal_snr(alphas_cumprod) if self.turbo_choices else alphas_cumprod)
+
+    @property
+    def vae_overflows_float16(self) -> bool:
+        """As SDXL's pipeline sees it: also when the VAE's config says nothing, since the original one does overflow."""
+        return self.vae.config.get("force_upcast", False)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
