@@ -63,14 +63,16 @@ def test_noise_offset_shifts_whole_channels():
     assert means.abs().mean() > 3 > 0.1 > plain.abs().mean()
 
 
-def test_golden_noising():
-    tensors, _ = load_case("diffusion_dpo", "pair_noising_base")
+@pytest.mark.parametrize("case", ["pair_noising_base", "pair_noising_turbo", "pair_noising_refiner"])
+def test_golden_noising(case):
+    tensors, _ = load_case("diffusion_dpo", case)
     pairs = len(tensors["latents"]) // 2
     noise = repeat_pair(tensors["raw_noise"][:pairs])
-    t = repeat_pair(tensors["raw_timesteps"][:pairs])
+    # How timesteps are drawn is the backbone's (SDXL-Turbo: tests/backbones/test_sdxl.py); the refiner has none here.
+    t = repeat_pair(tensors["raw_timesteps" if case == "pair_noising_base" else "timesteps"][:pairs])
     abar = tensors["alphas_cumprod"][t].double()
     noisy = add_noise(tensors["latents"], noise, abar.sqrt().float(), (1 - abar).sqrt().float())
-    assert_golden("diffusion_dpo", "pair_noising_base", noise=noise, timesteps=t, noisy_latents=noisy)
+    assert_golden("diffusion_dpo", case, noise=noise, timesteps=t, noisy_latents=noisy)
 
 
 @pytest.mark.parametrize("case", ["dpo_loss_v_beta2000", "dpo_loss_v_beta5000"])
@@ -81,7 +83,7 @@ def test_golden_velocity_target(case):
     torch.testing.assert_close(target, tensors["target"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["trace_sd15", "trace_sdxl"])
+@pytest.mark.parametrize("case", ["trace_sd15", "trace_sdxl", "trace_sdxl_turbo"])
 def test_golden_trace_of_noising(case):
     tensors, _ = load_case("diffusion_dpo", case)
     abar = tensors["alphas_cumprod"][tensors["timesteps"].long()]
