@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batches import ImageBatch, PairBatch, PromptBatch
+from datamodules.cache import Cache, CachedRows, Dtype, collate_cached
+from datamodules.cache_filling import CacheFilling
 from datamodules.prompts import PromptList
 from datamodules.sampling import ResumableDataModule, block_order, evaluation_loader, sample_generator
 from datamodules.sources import Rows, load_rows
@@ -96,6 +99,7 @@ class Samples(Dataset):
         horizontal_flip: Mirror half of the images.
         joint: Treat both images of a pair alike.
         preferred_only: Give only the preferred image.
+        cached: Where encoded images are, to give their moments instead of pixels.
     """
 
     table: PairTable
@@ -105,6 +109,7 @@ class Samples(Dataset):
     horizontal_flip: bool
     joint: bool
     preferred_only: bool
+    cached: CachedRows | None = None
 
     def __len__(self) -> int:
         return len(self.table.index)
@@ -121,7 +126,8 @@ class Samples(Dataset):
             caption = caption[0 if position is None else int(generator.integers(len(caption)))]
         views = self.views(number, values, generator)
         tie = self.table.label_0 is not None and self.table.label_0[number] == 0.5
-        return {"views": views, "prompt": caption, "label": 0.5 if tie else 1.0, "id": rows.id(row)}
+        sample = {"views": views, "prompt": caption, "label": 0.5 if tie else 1.0, "id": rows.id(row)}
+        return sample if self.cached is None else sample | {"embedding": self.cached.cache.embedding(caption)}
 
     def views(self, number: int, values: dict[str, Any], generator: np.random.Generator) -> list[View]:
         """What is shown of the images of a row, the preferred one first.
@@ -135,6 +141,8 @@ class Samples(Dataset):
         label_0 = None if self.table.label_0 is None else self.table.label_0[number]
         names = [columns.image] if label_0 is None else [columns.image_0, columns.image_1]
         order = range(len(names))[:: -1 if label_0 == 0 else 1][: 1 if self.preferred_only else 2]
+        if self.cached is not None:
+            return self.cached.views(number, order, self.joint and len(order) == 2, self.horizontal_flip, generator)
 
         def image(which: int) -> Image.Image:
             try:
@@ -204,6 +212,8 @@ class PickAPicDataModule(ResumableDataModule):
             Without it a damaged image stops the run when it is met, whatever on_bad_row says, because leaving it out
             then would change the order of all later samples.
         test_prompts: Prompts for `main.py test` and `main.py predict`.
+        cache: Folder that `main.py cache` fills with the encoded images and prompts. Training then decodes no image
+            and runs neither the VAE's encoder nor the text encoders; null encodes at every step.
     """
 
     def __init__(
@@ -228,6 +238,7 @@ class PickAPicDataModule(ResumableDataModule):
         on_bad_row: Literal["error", "drop"] = "error",
         verify_images: bool = False,
         test_prompts: PromptList | None = None,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         self.shuffle_shards = 1  # read only for sources that lie in shards
@@ -241,6 +252,8 @@ class PickAPicDataModule(ResumableDataModule):
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected {least} or more.")
+        if cache is not None:
+            self._refuse_random_crop(random_crop)
         self.source = source
         self.resolution = resolution
         self.batch_size = batch_size
@@ -261,6 +274,8 @@ class PickAPicDataModule(ResumableDataModule):
         self.on_bad_row = on_bad_row
         self.verify_images = verify_images
         self.test_prompts = test_prompts
+        self.cache_folder = cache
+        self.cached: Cache | None = None
         self.collate = collate_images if preferred_only else collate_pairs
 
     def prepare_data(self) -> None:
@@ -272,6 +287,8 @@ class PickAPicDataModule(ResumableDataModule):
         self._tables = {split: self._open(split) for split in self._splits(stage)}
         for table in self._tables.values():
             rank_zero_info(table.summary)
+        if self.cache_folder is not None and self._tables:
+            self._open_cache()
 
     def _splits(self, stage: str) -> list[str]:
         """Splits that a stage reads."""
@@ -288,25 +305,28 @@ class PickAPicDataModule(ResumableDataModule):
             samples,
             self.batch_size,
             self.num_workers,
-            self.collate,
+            self._collate(),
             order,
-            prefetch=lambda numbers: rows.prefetch(index[numbers]),
+            prefetch=lambda numbers: rows.prefetch(index[numbers]) if self.cached is None else None,
             identity=rows.identity if order is None else f"{rows.identity}/{self.shuffle_shards}",
         )
 
     def train_samples(self) -> Samples:
         """The training data, as the loader asks for them."""
         table = self._tables[self.split].sample(self.max_train_samples, self.run_seed)
-        return self._samples(table, self.random_crop, self.horizontal_flip)
+        return self._samples(self.split, table, self.random_crop, self.horizontal_flip)
+
+    def val_samples(self) -> Samples:
+        """The validation data, in the order of evaluation."""
+        table = self._tables[self.validation_split].sample(self.max_val_samples, seed=0)
+        return self._samples(self.validation_split, table, random_crop=False, horizontal_flip=False)
 
     def val_dataloader(self) -> DataLoader[PairBatch | ImageBatch] | list:
         if self.validation_split is None:
             if self.trainer.state.fn == TrainerFn.VALIDATING:
                 raise ValueError("There is nothing to validate on: set `data.init_args.validation_split`.")
             return []
-        table = self._tables[self.validation_split].sample(self.max_val_samples, seed=0)
-        samples = self._samples(table, random_crop=False, horizontal_flip=False)
-        return evaluation_loader(self.trainer, samples, self.batch_size, self.num_workers, self.collate)
+        return evaluation_loader(self.trainer, self.val_samples(), self.batch_size, self.num_workers, self._collate())
 
     def test_dataloader(self) -> DataLoader[PromptBatch]:
         return self._prompt_loader()
@@ -321,9 +341,96 @@ class PickAPicDataModule(ResumableDataModule):
             )
         return self.test_prompts.loader(self.trainer)
 
-    def _samples(self, table: PairTable, random_crop: bool, horizontal_flip: bool) -> Samples:
+    def _samples(self, split: str, table: PairTable, random_crop: bool, horizontal_flip: bool) -> Samples:
+        cached = None
+        if self.cached is not None:
+            cached = self.cached.rows_of(split, table, self._places[split], horizontal_flip)
+            # What a row says is still read from the data set; its images are not.
+            texts = table.rows.dataset.remove_columns(self._images(table))
+            table = replace(table, rows=replace(table.rows, dataset=texts))
         joint = self.augmentation == "joint"
-        return Samples(table, self.run_seed, self.resolution, random_crop, horizontal_flip, joint, self.preferred_only)
+        return Samples(
+            table, self.run_seed, self.resolution, random_crop, horizontal_flip, joint, self.preferred_only, cached
+        )
+
+    def _images(self, table: PairTable) -> list[str]:
+        """Names of the columns of images, in stored order."""
+        columns = self.columns
+        return [columns.image] if table.label_0 is None else [columns.image_0, columns.image_1]
+
+    def _collate(self) -> Callable[[list], PairBatch | ImageBatch]:
+        if self.cached is None:
+            return self.collate
+        return partial(collate_cached, collate=self.collate, empty=self.cached.embedding(""))
+
+    # ----------------------------------------------------------------------------------------------------- the cache
+
+    def cache_filling(self, folder: str | None, dtype: Dtype, rows_per_shard: int) -> CacheFilling:
+        """What `main.py cache` encodes.
+
+        Args:
+            folder: Where to; null means the folder in `cache`.
+            dtype: Type of the stored numbers.
+            rows_per_shard: Rows in a file.
+        """
+        self._refuse_random_crop(self.random_crop)
+        folder = folder or self.cache_folder
+        if not folder:
+            raise ValueError("There is no folder to fill: give `--folder`, or set `data.init_args.cache`.")
+        return CacheFilling(self, Path(folder).expanduser(), dtype, rows_per_shard)
+
+    def to_encode(self) -> tuple[dict[str, Samples], dict[str, Any]]:
+        """The rows that training and validation show, in the order of the data set, and how their images are shown."""
+        splits: dict[str, Samples] = {}
+        views = {}
+        for split, number, seed, flips in (
+            (self.split, self.max_train_samples, self.run_seed, self.horizontal_flip),
+            (self.validation_split, self.max_val_samples, 0, False),
+        ):
+            if split is None:
+                continue
+            table = self._open(split)
+            rank_zero_info(table.summary)
+            views = views or self._views(table)
+            index = table.sample(number, seed).index
+            if split in splits:  # trains and validates on one split
+                index, flips = np.union1d(index, splits[split].table.index), splits[split].horizontal_flip
+            chosen = np.isin(table.index, index)
+            label_0 = table.label_0
+            if label_0 is not None:  # both images in stored order, so that another policy for ties finds them
+                label_0 = label_0[chosen] if self.preferred_only else np.ones(chosen.sum())
+            table = replace(table, index=table.index[chosen], label_0=label_0)
+            joint = self.augmentation == "joint"
+            splits[split] = Samples(table, 0, self.resolution, False, flips, joint, self.preferred_only)
+        return splits, views
+
+    def _views(self, table: PairTable) -> dict[str, Any]:
+        """In which form images are shown to the encoder."""
+        images = "single" if table.label_0 is None else "preferred" if self.preferred_only else "pairs"
+        augmentation = self.augmentation if images == "pairs" else "separate"
+        return {"resolution": self.resolution, "crop": "centre", "augmentation": augmentation, "images": images}
+
+    def _open_cache(self) -> None:
+        """Raise before the networks are loaded if the cache lacks anything that will be asked for."""
+        self.cached = cache = Cache(self.cache_folder)
+        self._places = {}
+        for split, table in self._tables.items():
+            cache.check_views(self._views(table))
+            self._places[split] = cache.places(split, table.rows, self._images(table))
+        if self.split in self._tables:
+            self.train_samples()
+        if self.validation_split in self._tables:
+            self.val_samples()
+
+    @staticmethod
+    def _refuse_random_crop(random_crop: bool) -> None:
+        if random_crop:
+            raise ValueError(
+                "random_crop: true shows another part of an image at every visit, which cannot be cached. Set "
+                "random_crop: false (the centre is cropped; flips are cached), or leave out `cache`."
+            )
+
+    # ------------------------------------------------------------------------------------------------- opening a split
 
     def _choose_columns(self, name: str, found: list[str]) -> list[str]:
         columns = self.columns

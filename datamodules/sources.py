@@ -7,6 +7,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -71,6 +72,10 @@ class Rows:
         """For batches: the file's name and the row in it."""
         file, number = self.place(row)
         return f"{os.path.basename(file)}:{number}"
+
+    def ids(self) -> list[str]:
+        """The id of every row."""
+        return [self.id(row) for row in range(len(self))]
 
     def column(self, name: str) -> "pa.ChunkedArray":
         """One whole column, without reading any other; bytes stay on the disk until they are looked at."""
@@ -165,10 +170,10 @@ class Rows:
         lengths = np.zeros(len(self), dtype=np.int64)
         if pa.types.is_binary(data.type) or pa.types.is_large_binary(data.type):
             lengths = pc.fill_null(pc.binary_length(data), 0).to_numpy().astype(np.int64)
-        if pa.types.is_string(paths.type) and self.root is not None:
+        if pa.types.is_string(paths.type) or pa.types.is_large_string(paths.type):
             for row in map(int, np.flatnonzero(lengths == 0)):
-                path = paths[row].as_py()
-                lengths[row] = 0 if path is None else os.path.getsize(self.root / path)
+                with suppress(ValueError):  # such a row is rejected or left out
+                    lengths[row] = os.path.getsize(self.stored_image(paths[row].as_py()))
         return lengths if lengths.any() else None
 
     def stored_image(self, value: Any) -> bytes | Path:

@@ -15,7 +15,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow knows many more, some o
 class View(NamedTuple):
     """What the model is shown of one image."""
 
-    pixels: Tensor  # (3, R, R) float32 in [-1, 1]
+    pixels: Tensor  # (3, R, R) float32 in [-1, 1]; from a cache, moments (2C, h, w) instead
     original_size: tuple[int, int]  # height and width as stored
     crop: tuple[int, int]  # top and left of the crop in the resized (and, if flipped, mirrored) image
 
