@@ -22,7 +22,14 @@ ARROWS = {
         "datamodules.batches",
     ),
     "lightning_modules.rewards.toy_oracle": ("lightning_modules.rewards.base", "datamodules.toy_world"),
-    "lightning_modules.rewards": ("lightning_modules.rewards.base", "lightning_modules.functional"),
+    "lightning_modules.rewards": (
+        "lightning_modules.rewards.base",
+        "lightning_modules.rewards.network",
+        "lightning_modules.rewards.towers",
+        "lightning_modules.rewards.checkpoints",
+        "lightning_modules.rewards.preprocessing",
+        "lightning_modules.functional",
+    ),
     "lightning_modules.base": (
         "lightning_modules.backbones.base",
         "lightning_modules.functional",

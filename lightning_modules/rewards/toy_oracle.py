@@ -23,5 +23,5 @@ class ToyOracle(Reward):
             raise ValueError(f"ToyOracle: part is {part!r}; expected match, strict, vividness or both.")
         self.part = part
 
-    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return getattr(judge(images, prompts), self.part)
