@@ -15,6 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 @cache
 def manifest(method: str) -> dict[str, dict[str, Any]]:
     cases = json.loads((GOLDEN / method / "manifest.json").read_text())["cases"]
+    cases = cases.values() if isinstance(cases, dict) else cases
     return {Path(case["file"]).stem: case for case in cases}
 
 
