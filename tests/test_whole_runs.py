@@ -21,7 +21,11 @@ from lightning_modules.cli.app import run
 from lightning_modules.rewards.base import Reward
 
 ROOT = Path(__file__).parents[1]
-METHODS = {"dpo": "lightning_modules.diffusion_dpo.DiffusionDPO", "sft": "lightning_modules.diffusion_sft.DiffusionSFT"}
+METHODS = {
+    "dpo": "lightning_modules.diffusion_dpo.DiffusionDPO",
+    "orpo": "lightning_modules.diffusion_orpo.DiffusionORPO",
+    "sft": "lightning_modules.diffusion_sft.DiffusionSFT",
+}
 
 
 class Brightness(Reward):

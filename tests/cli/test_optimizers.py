@@ -50,7 +50,9 @@ def no_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("optimizer", [OURS, "bitsandbytes.optim.AdamW8bit"])
 def test_what_is_missing_is_said(optimizer, no_bitsandbytes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=r"not installed .* and a CUDA GPU, .*`--model\.optimizer torch\.optim\.AdamW`"):
+    with pytest.raises(
+        ValueError, match=r"not installed .* and a CUDA GPU, .*`--model\.optimizer torch\.optim\.AdamW`"
+    ):
         check_optimizer(*sections(optimizer))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="uv sync --extra bitsandbytes") as error:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from peft import LoraConfig
 from lightning_modules.backbones.sd15 import SD15
 from lightning_modules.cli.checkpoints import AtomicCheckpointIO
 from lightning_modules.diffusion_dpo import DiffusionDPO
+from lightning_modules.diffusion_orpo import DiffusionORPO
 from tests.pairs import RandomPairs
 
 
@@ -46,9 +48,8 @@ def main(settings: dict) -> None:
     folder = Path(settings["folder"])
     pl.seed_everything(settings.get("seed", 3), verbose=False)
     lora = LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian") if settings.get("lora", True) else None
-    module = DiffusionDPO(
-        SD15(settings["pretrained"], lora=lora), beta=2000.0, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3)
-    )
+    method = {"dpo": partial(DiffusionDPO, beta=2000.0), "orpo": DiffusionORPO}[settings.get("method", "dpo")]
+    module = method(SD15(settings["pretrained"], lora=lora), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
     strategy = {
         "auto": "auto",
         "ddp": "ddp",

@@ -36,6 +36,13 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / f"step={step}.ckpt", weights_only=True)["state_dict"]
 
 
+def assert_ranks_share_the_draws(two: Path, one: Path) -> None:
+    """The ranks drew different noise: together, what the single rank drew in turn."""
+    seen = [json.loads((two / f"seen_{rank}.json").read_text()) for rank in (0, 1)]
+    assert not set(seen[0]) & set(seen[1])
+    assert sorted(seen[0] + seen[1]) == pytest.approx(sorted(json.loads((one / "seen_0.json").read_text())))
+
+
 @pytest.fixture(scope="module")
 def one_rank(sd15, tmp_path_factory):
     return run(tmp_path_factory.mktemp("ranks") / "one", sd15, devices=1, accumulate=2, steps=3, lora=False)
@@ -51,10 +58,15 @@ def test_two_ranks_make_the_update_of_one_rank_with_twice_the_accumulation(one_r
     start = weights(one_rank, 1)
     assert any(not torch.allclose(start[name], tensor, atol=1e-3) for name, tensor in expected.items())
 
-    # The ranks drew different noise: together, what the single rank drew in turn.
-    seen = [json.loads((two / f"seen_{rank}.json").read_text()) for rank in (0, 1)]
-    assert not set(seen[0]) & set(seen[1])
-    assert sorted(seen[0] + seen[1]) == pytest.approx(sorted(json.loads((one_rank / "seen_0.json").read_text())))
+    assert_ranks_share_the_draws(two, one_rank)
+
+
+def test_two_ranks_of_orpo_make_the_update_of_one(sd15, tmp_path):
+    one = run(tmp_path / "one", sd15, method="orpo", devices=1, accumulate=2, steps=2)
+    two = run(tmp_path / "two", sd15, method="orpo", devices=2, accumulate=1, steps=2)
+    for name, tensor in weights(one, 2).items():
+        torch.testing.assert_close(weights(two, 2)[name], tensor, rtol=1e-4, atol=1e-5)
+    assert_ranks_share_the_draws(two, one)
 
 
 def test_fsdp2_shards_the_adapters_and_resumes(sd15, tmp_path):
