@@ -19,6 +19,7 @@ from datamodules.cache_filling import CacheFilling
 from datamodules.prompts import PromptList
 from datamodules.sampling import ResumableDataModule, block_order, evaluation_loader, sample_generator
 from datamodules.sources import Rows, load_rows
+from datamodules.streaming import ParquetStream
 from datamodules.transforms import View, decode_image, view_image, view_pair_jointly
 
 if TYPE_CHECKING:
@@ -80,11 +81,22 @@ class PairTable:
     summary: str
 
     def sample(self, number: int | None, seed: int) -> "PairTable":
-        """At most so many of the rows, drawn with the seed."""
+        """At most so many of the rows, drawn with the seed; where they lie in shards, from as few as will do."""
         if number is None or number >= len(self.index):
             return self
-        drawn = np.random.default_rng(seed).permutation(len(self.index))[:number]
+        if self.rows.shards is None:
+            drawn = np.random.default_rng(seed).permutation(len(self.index))[:number]
+        else:
+            drawn = np.sort(block_order(seed, 0, self.rows.shards[self.index], shuffle_shards=1)[:number])
         return replace(self, index=self.index[drawn], label_0=None if self.label_0 is None else self.label_0[drawn])
+
+    def turn_labels(self, probability: float, seed: int) -> "PairTable":
+        """Prefer the other image in some rows, which depend on the seed and on nothing else that takes part."""
+        if self.label_0 is None:
+            return self
+        turned = (np.random.default_rng([seed, 2]).random(len(self.rows)) < probability)[self.index]
+        rank_zero_info(f"label_noise: {turned.sum()} of {len(turned)} labels are turned")
+        return replace(self, label_0=np.where(turned, 1.0 - self.label_0, self.label_0))
 
 
 @dataclass
@@ -100,6 +112,7 @@ class Samples(Dataset):
         joint: Treat both images of a pair alike.
         preferred_only: Give only the preferred image.
         cached: Where encoded images are, to give their moments instead of pixels.
+        coin: Decide ties at every visit.
     """
 
     table: PairTable
@@ -110,6 +123,7 @@ class Samples(Dataset):
     joint: bool
     preferred_only: bool
     cached: CachedRows | None = None
+    coin: bool = False
 
     def __len__(self) -> int:
         return len(self.table.index)
@@ -120,12 +134,12 @@ class Samples(Dataset):
         columns, rows = self.table.columns, self.table.rows
         row = int(self.table.index[number])
         values = rows.dataset[row]
-        generator = sample_generator(self.seed, 0 if position is None else position)
+        generator = sample_generator(0, row) if position is None else sample_generator(self.seed, position)
         caption = values[columns.caption]
         if isinstance(caption, list):
             caption = caption[0 if position is None else int(generator.integers(len(caption)))]
         views = self.views(number, values, generator)
-        tie = self.table.label_0 is not None and self.table.label_0[number] == 0.5
+        tie = self.table.label_0 is not None and self.table.label_0[number] == 0.5 and not self.coin
         sample = {"views": views, "prompt": caption, "label": 0.5 if tie else 1.0, "id": rows.id(row)}
         return sample if self.cached is None else sample | {"embedding": self.cached.cache.embedding(caption)}
 
@@ -135,10 +149,12 @@ class Samples(Dataset):
         Args:
             number: The row's place in the table.
             values: The row's values.
-            generator: Decides crops and flips.
+            generator: Decides ties, crops and flips.
         """
         columns, rows = self.table.columns, self.table.rows
         label_0 = None if self.table.label_0 is None else self.table.label_0[number]
+        if label_0 == 0.5 and self.coin:
+            label_0 = generator.integers(2)
         names = [columns.image] if label_0 is None else [columns.image_0, columns.image_1]
         order = range(len(names))[:: -1 if label_0 == 0 else 1][: 1 if self.preferred_only else 2]
         if self.cached is not None:
@@ -186,7 +202,7 @@ class PickAPicDataModule(ResumableDataModule):
         source: Hub id or mirror ('owner/name'); a parquet file, glob, or folder of parquet files; a JSONL file whose
             rows name images by paths relative to it, or a folder with one; a folder of images <name>_w.png (preferred),
             <name>_l.png (the other one) and <name>.txt (the caption). Splits of a folder are sub-folders (train/) or
-            files (train.parquet, validation-00000.parquet, train.jsonl).
+            files (train.parquet, validation-00000.parquet, train.jsonl). With `streaming` also URLs of parquet files.
         resolution: Edge of the square training images, in pixels.
         batch_size: Pairs per device and micro-step.
         num_workers: Processes per device that decode images.
@@ -195,7 +211,11 @@ class PickAPicDataModule(ResumableDataModule):
         subset: Configuration of a hub data set that has several.
         columns: Names of the columns.
         ties: What becomes of pairs labelled 0.5. "drop" leaves them out, as the published script does for Pick-a-Pic;
-            "first" takes the first image as preferred, as the published LoRA examples do; "keep" keeps them, label 0.5.
+            "first" takes the first image as preferred, as the published LoRA examples do; "keep" keeps them, label 0.5;
+            "coin" prefers either image by chance, anew at every visit, as the published ORPO script does (in validation
+            always the same one).
+        label_noise: Probability with which a training label is turned, to study robustness. Which labels are depends on
+            the seed of the run; they stay turned.
         require_label: Leave out rows whose has_label is false.
         dreamlike_pairs_only: Keep only pairs of which both images come from a model with "dream" in its name.
         max_train_samples: Train on so many pairs, drawn once with the seed of the run.
@@ -214,6 +234,13 @@ class PickAPicDataModule(ResumableDataModule):
         test_prompts: Prompts for `main.py test` and `main.py predict`.
         cache: Folder that `main.py cache` fills with the encoded images and prompts. Training then decodes no image
             and runs neither the VAE's encoder nor the text encoders; null encodes at every step.
+        streaming: Leave parquet files where they are, on the hub, behind URLs or on slow disks: texts and labels are
+            read at the first start, images only as training comes to them. The order is as exactly repeated and resumed
+            as without, but mixes only `shuffle_shards` shards at a time.
+        shuffle_shards: Shards whose rows are mixed at a time when streaming. A shard is a file, or so many row groups
+            of it that they hold 64 MB of images.
+        cache_dir: Keeps, when streaming, texts, labels and the images in use.
+        cache_gb: Gigabytes of images to keep when streaming; those used longest ago make room.
     """
 
     def __init__(
@@ -226,7 +253,8 @@ class PickAPicDataModule(ResumableDataModule):
         validation_split: str | None = None,
         subset: str | None = None,
         columns: PairColumns = PICKAPIC_COLUMNS,
-        ties: Literal["drop", "first", "keep"] = "drop",
+        ties: Literal["drop", "first", "keep", "coin"] = "drop",
+        label_noise: float = 0.0,
         require_label: bool = False,
         dreamlike_pairs_only: bool = False,
         max_train_samples: int | None = None,
@@ -239,9 +267,12 @@ class PickAPicDataModule(ResumableDataModule):
         verify_images: bool = False,
         test_prompts: PromptList | None = None,
         cache: str | None = None,
+        streaming: bool = False,
+        shuffle_shards: int = 16,
+        cache_dir: str = "~/.cache/limelight/streaming",
+        cache_gb: float = 100.0,
     ) -> None:
         super().__init__()
-        self.shuffle_shards = 1  # read only for sources that lie in shards
         if resolution < 8 or resolution % 8:
             raise ValueError(f"resolution is {resolution}; expected a positive multiple of 8, the factor of the VAEs.")
         for name, value, least in (
@@ -249,9 +280,12 @@ class PickAPicDataModule(ResumableDataModule):
             ("num_workers", num_workers, 0),
             ("max_train_samples", max_train_samples, 1),
             ("max_val_samples", max_val_samples, 1),
+            ("shuffle_shards", shuffle_shards, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected {least} or more.")
+        if not 0 <= label_noise <= 1:
+            raise ValueError(f"label_noise is {label_noise}; expected a probability, 0 to 1.")
         if cache is not None:
             self._refuse_random_crop(random_crop)
         self.source = source
@@ -263,6 +297,7 @@ class PickAPicDataModule(ResumableDataModule):
         self.subset = subset
         self.columns = columns
         self.ties = ties
+        self.label_noise = label_noise
         self.require_label = require_label
         self.dreamlike_pairs_only = dreamlike_pairs_only
         self.max_train_samples = max_train_samples
@@ -274,6 +309,10 @@ class PickAPicDataModule(ResumableDataModule):
         self.on_bad_row = on_bad_row
         self.verify_images = verify_images
         self.test_prompts = test_prompts
+        self.streaming = streaming
+        self.shuffle_shards = shuffle_shards
+        self.cache_dir = cache_dir
+        self.cache_gb = cache_gb
         self.cache_folder = cache
         self.cached: Cache | None = None
         self.collate = collate_images if preferred_only else collate_pairs
@@ -314,6 +353,8 @@ class PickAPicDataModule(ResumableDataModule):
     def train_samples(self) -> Samples:
         """The training data, as the loader asks for them."""
         table = self._tables[self.split].sample(self.max_train_samples, self.run_seed)
+        if self.label_noise:
+            table = table.turn_labels(self.label_noise, self.run_seed)
         return self._samples(self.split, table, self.random_crop, self.horizontal_flip)
 
     def val_samples(self) -> Samples:
@@ -348,9 +389,16 @@ class PickAPicDataModule(ResumableDataModule):
             # What a row says is still read from the data set; its images are not.
             texts = table.rows.dataset.remove_columns(self._images(table))
             table = replace(table, rows=replace(table.rows, dataset=texts))
-        joint = self.augmentation == "joint"
         return Samples(
-            table, self.run_seed, self.resolution, random_crop, horizontal_flip, joint, self.preferred_only, cached
+            table,
+            self.run_seed,
+            self.resolution,
+            random_crop,
+            horizontal_flip,
+            self.augmentation == "joint",
+            self.preferred_only,
+            cached,
+            self.ties == "coin",
         )
 
     def _images(self, table: PairTable) -> list[str]:
@@ -449,6 +497,16 @@ class PickAPicDataModule(ResumableDataModule):
         return wanted
 
     def _load_rows(self, split: str) -> Rows:
+        if self.streaming:
+            columns = self.columns
+            stream = ParquetStream(
+                (columns.image_0, columns.image_1, columns.image),
+                repr((columns, self.preferred_only, self.dreamlike_pairs_only, self.require_label)),
+                Path(self.cache_dir).expanduser(),
+                self.cache_gb,
+                self.shuffle_shards,
+            )
+            return stream.load(self.source, split, self.subset, self._choose_columns)
         return load_rows(self.source, split, self.subset, self._choose_columns)
 
     def _open(self, split: str) -> PairTable:

@@ -3,6 +3,8 @@
 python -m datamodules.pickapic_shards --help
 """
 
+import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import numpy as np
 
 from datamodules.pickapic import PICKAPIC_COLUMNS, PickAPicDataModule
 from datamodules.shard_cache import ShardCache, expand_urls, local_path
-from datamodules.tar_index import METADATA, PUBLISHED_MEMBERS, PairMembers
+from datamodules.tar_index import PUBLISHED_MEMBERS, PairMembers
 from datamodules.tar_shards import TarRows, open_tars
 
+PURPOSE = "Pack preference pairs into WebDataset tars, unpack and verify them, index those of others."
 TAR_COLUMNS = replace(PICKAPIC_COLUMNS, image_0="image_0", image_1="image_1")  # of an index
 
 
@@ -55,6 +58,7 @@ class PickAPicShardsDataModule(PickAPicDataModule):
             split="train",
             validation_split=None if validation_source is None else "validation",
             subset=None,
+            streaming=False,
             columns=TAR_COLUMNS if members.label_0 is not None else replace(TAR_COLUMNS, label_0=None),
             **kwargs,
         )
@@ -89,3 +93,20 @@ class PickAPicShardsDataModule(PickAPicDataModule):
                 "lower shuffle_shards."
             )
         return rows
+
+
+def main() -> None:
+    """The command line; what is wrong with data or arguments is told in one line."""
+    from jsonargparse import auto_cli
+
+    from datamodules.shard_packing import index, pack, unpack, verify
+
+    commands = {"pack": pack, "unpack": unpack, "verify": verify, "index": index}
+    try:
+        auto_cli(commands, prog="python -m datamodules.pickapic_shards", description=PURPOSE)
+    except (ValueError, OSError, BrokenProcessPool) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

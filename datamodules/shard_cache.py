@@ -173,10 +173,7 @@ class ShardCache:
 
     def _get(self, url: str, part: Path) -> None:
         filesystem, path = open_filesystem(url)
-        try:
-            size = filesystem.info(path)["size"]
-        except FileNotFoundError:  # says http also of a server that does not tell; the download will
-            size = None
+        size = file_info(url)["size"]
         if size is not None:
             self._make_room(shown(url), size)
         filesystem.get_file(path, str(part))
@@ -255,6 +252,18 @@ def open_filesystem(url: str) -> "tuple[fsspec.AbstractFileSystem, str]":
         return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{shown(url)}: {error}. URLs are read with fsspec and its packages.") from error
+
+
+def file_info(url: str) -> dict[str, Any]:
+    """What the file system of a URL says of the file, at least its "size", which may be None."""
+    filesystem, path = open_filesystem(url)
+    try:
+        return filesystem.info(path)
+    except FileNotFoundError as error:
+        # So says http of whatever went wrong.
+        if error.__cause__ is not None and getattr(error.__cause__, "status", None) != 404:
+            raise error.__cause__ from None
+        raise
 
 
 def expand_urls(source: str | list[str]) -> list[str]:
