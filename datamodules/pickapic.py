@@ -337,16 +337,19 @@ class PickAPicDataModule(ResumableDataModule):
     def train_dataloader(self) -> DataLoader[PairBatch | ImageBatch]:
         samples = self.train_samples()
         rows, index = samples.table.rows, samples.table.index
-        order = None
+        order, ahead = None, len(index)
         if rows.shards is not None:
-            order = partial(block_order, shards=rows.shards[index], shuffle_shards=self.shuffle_shards)
+            shards = rows.shards[index]
+            order = partial(block_order, shards=shards, shuffle_shards=self.shuffle_shards)
+            # The shards that are mixed now and those that are mixed after them.
+            ahead = 2 * self.shuffle_shards * len(shards) // len(np.unique(shards))
         return self.stream_loader(
             samples,
             self.batch_size,
             self.num_workers,
             self._collate(),
             order,
-            prefetch=lambda numbers: rows.prefetch(index[numbers]) if self.cached is None else None,
+            prefetch=lambda numbers: rows.prefetch(index[numbers[:ahead]]) if self.cached is None else None,
             identity=rows.identity if order is None else f"{rows.identity}/{self.shuffle_shards}",
         )
 

@@ -81,10 +81,10 @@ class StreamSampler(DistributedSampler):
         seed: Seed of the run.
         start: Says, at the begin of every iteration, how many samples all ranks have seen together.
         order: Order of the rows in pass number p, as a function of (seed, p); null means `pass_order`.
-        prefetch: Told, ahead of time, which rows come next; null tells nobody.
+        prefetch: Told now and then which rows come next, to the end of the pass; null tells nobody.
     """
 
-    LOOKAHEAD = 1024  # rows
+    PREFETCH_EVERY = 1024  # positions
 
     def __init__(
         self,
@@ -119,9 +119,9 @@ class StreamSampler(DistributedSampler):
                     number = position // num_rows
                     order = self.order(self.seed, number)
                 row = position % num_rows
-                if self.prefetch is not None and position // self.LOOKAHEAD != told:
-                    told = position // self.LOOKAHEAD
-                    self.prefetch(order[row : row + 2 * self.LOOKAHEAD])
+                if self.prefetch is not None and position // self.PREFETCH_EVERY != told:
+                    told = position // self.PREFETCH_EVERY
+                    self.prefetch(order[row:])
                 yield int(order[row]), position
 
 
@@ -241,7 +241,7 @@ class ResumableDataModule(LightningDataModule):
             num_workers: Processes that load data.
             collate: Makes a batch of a list of samples.
             order: Order of the rows in pass number p, as a function of (seed, p).
-            prefetch: Told, ahead of time, which rows come next.
+            prefetch: Told now and then which rows come next, to the end of the pass.
             identity: Names the rows and what else decides their order; a resumed run must have the same.
         """
         trainer, num_rows = self.trainer, len(dataset)
