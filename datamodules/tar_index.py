@@ -188,20 +188,20 @@ class ShardIndex:
         size: Bytes of the tar.
         members: What its members are called.
         checksum: BLAKE2b of the whole tar, where it has been computed.
-        origin: Hash of what `pack` made the tar from.
+        packed: Of a tar made by `pack`: a hash of what it was made from, and the settings.
     """
 
     table: "pa.Table"
     size: int
     members: PairMembers
     checksum: str | None = None
-    origin: str | None = None
+    packed: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write a parquet file, under another name first."""
         import pyarrow.parquet as pq
 
-        about = {name: getattr(self, name) for name in ("size", "checksum", "origin")}
+        about = {name: getattr(self, name) for name in ("size", "checksum", "packed")}
         about |= {"version": VERSION, "members": asdict(self.members)}
         with replacing(path) as part:
             pq.write_table(self.table.replace_schema_metadata({"limelight": json.dumps(about)}), part)
@@ -227,7 +227,7 @@ class ShardIndex:
                 int(about["size"]),
                 PairMembers(**about["members"]),
                 about["checksum"],
-                about["origin"],
+                about["packed"],
             )
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"not a readable index ({error})") from error
