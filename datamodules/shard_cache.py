@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PAUSES = (1.0, 5.0)  # seconds before the second and before the third attempt
+PATIENCE = 60  # seconds for a server to answer, and to go on
 
 
 def persist(name: str, action: Callable[[], T]) -> T:
@@ -214,7 +215,7 @@ class ShardCache:
 def _mark_used(copy: Path) -> bool:
     """Note the time of use in the file; whether it is there."""
     try:
-        os.utime(copy)
+        os.utime(copy, ns=(time.time_ns(),) * 2)  # finer than the system's own clock for files
     except FileNotFoundError:
         return False
     return True
@@ -247,7 +248,9 @@ def open_filesystem(url: str) -> "tuple[fsspec.AbstractFileSystem, str]":
     options = {}
     if url.startswith(("http://", "https://")):
         # Large files take long; what counts is that something arrives.
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+        options["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
+        }
     try:
         return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
