@@ -41,6 +41,42 @@ def scaled_learning_rate(lr: float, effective_pairs: int) -> float:
     return lr * effective_pairs
 
 
+def compute_dtype(trainer: pl.Trainer) -> torch.dtype:
+    """What a Trainer asks the networks to compute in.
+
+    Raises:
+        ValueError: if its precision is not one of ours.
+    """
+    precision = str(trainer.precision)
+    if precision not in COMPUTE_DTYPES:
+        raise ValueError(
+            f"trainer.precision is {precision!r}; expected one of {', '.join(COMPUTE_DTYPES)}. Trained weights stay "
+            "float32 (updates of 1e-5 vanish in half precision); frozen networks are held in low precision with either "
+            "mixed setting."
+        )
+    return COMPUTE_DTYPES[precision]
+
+
+def describe_encoders(backbone: Backbone) -> dict[str, Any]:
+    """Everything but its input that the encodings of a backbone, loaded with `fingerprint=True`, depend on.
+
+    Returns:
+        Names of the family and of the dtype it computes in; hashes of the encoders' weights, and of what the tokenizers
+        make of a probe.
+    """
+    probe = "A photo of 3 Ünïcode cats, sitting (or: lying) on a mat; 'painted' in oil by: someone -- 4k, 平仮名!"
+    encoders = dict(backbone.fingerprints)
+    for name, part in backbone.pipeline.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            tokens = part(probe, padding="max_length", max_length=part.model_max_length, truncation=True).input_ids
+            encoders[name] = hashlib.blake2b(str(tokens).encode(), digest_size=16).hexdigest()
+    return {
+        "family": type(backbone).__name__,
+        "encoders": encoders,
+        "compute_dtype": str(backbone.compute_dtype).removeprefix("torch."),
+    }
+
+
 def available_room(folder: Path) -> int:
     """Free bytes on the disk that holds `folder` (which need not exist yet)."""
     folder = Path(folder).absolute()
@@ -95,21 +131,25 @@ class AlignmentModule(pl.LightningModule):
     # ---------------------------------------------------------------------------------------------------- building
 
     def configure_model(self) -> None:
-        """Load the backbone once, in the precision that the Trainer asks for; shard it under FSDP2."""
+        """Load the backbone once, in the precision that the Trainer asks for; shard it under FSDP2.
+
+        Raises:
+            ValueError: if the data come from a cache that other encoders have filled.
+        """
+        cache = getattr(self.trainer.datamodule, "cached", None)
         if self.backbone.loaded:
+            if cache is not None:
+                cache.check_encoders(describe_encoders(self.backbone))
             return
-        precision = str(self.trainer.precision)
-        if precision not in COMPUTE_DTYPES:
-            raise ValueError(
-                f"trainer.precision is {precision!r}; expected one of {', '.join(COMPUTE_DTYPES)}. Trained weights "
-                "stay float32 (updates of 1e-5 vanish in half precision); frozen networks are held in low precision "
-                "with either mixed setting."
-            )
         # Adapters start from the run's seed: the same on every rank and in every repetition.
         root = self.trainer.strategy.root_device
         with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
             torch.manual_seed(batch_seed(self.run_seed, "initial weights", 0))
-            self.backbone.load(COMPUTE_DTYPES[precision], keep_reference=self.keep_reference)
+            self.backbone.load(
+                compute_dtype(self.trainer), keep_reference=self.keep_reference, fingerprint=cache is not None
+            )
+        if cache is not None:
+            cache.check_encoders(describe_encoders(self.backbone))
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             self.backbone.shard(self.device_mesh)
 

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_modules.cli.caching import MACHINE
 from lightning_modules.cli.checkpoints import AtomicCheckpointIO, check_checkpoint
 from lightning_modules.cli.machine import check_machine, check_optimizer
 from lightning_modules.cli.parser import LimelightParser
@@ -42,6 +43,13 @@ class App(LimelightParser):
         """Everything that can be wrong with a run and is known before a model is built."""
         config = self.config[self.subcommand]
         config.name = run_name(config.name, config.config)
+        if self.subcommand == "cache":  # no run, and no folder of one
+            self.save_config_callback = None
+            defaults = self._parser("cache").get_defaults().trainer
+            for name in vars(defaults).keys() - MACHINE:
+                config.trainer[name] = defaults[name]
+            check_machine(config.trainer)
+            return
         self.save_config_callback = SaveRun
         check_machine(config.trainer)
         if self.subcommand == "fit":
@@ -68,7 +76,10 @@ class App(LimelightParser):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         further = config["logger"] if isinstance(config["logger"], list) else [config["logger"]]
         name = self.config[self.subcommand].name
-        config["logger"] = [RunLogger(name), *(logger for logger in further if isinstance(logger, Logger))]
+        if self.subcommand == "cache":
+            config |= {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        else:
+            config["logger"] = [RunLogger(name), *(logger for logger in further if isinstance(logger, Logger))]
         config["callbacks"] = config["callbacks"] or []
         if not isinstance(config["callbacks"], list):
             config["callbacks"] = [config["callbacks"]]
@@ -88,14 +99,17 @@ class App(LimelightParser):
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand != "cache":
+            kwargs["weights_only"] = True
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # written by a callback; thousands of images would fill the memory
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
         super()._run_subcommand(subcommand)
-        rank_zero_info(f"The run's folder is {self.trainer.log_dir}")
+        if subcommand != "cache":
+            rank_zero_info(f"The run's folder is {self.trainer.log_dir}")
 
     def before_fit(self) -> None:
         """With `evaluate: true`, a missing or unreadable prompt list stops the run before the training."""

@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lightning_modules.cli.caching import CachingTrainer
 from lightning_modules.cli.quick import Parsed
 
 DESCRIPTION = "Align a text-to-image diffusion model with human preference: one YAML is one run."
@@ -19,6 +20,7 @@ COMMANDS = {
     "validate": "Compute the validation metrics of a model or a checkpoint.",
     "test": "Make images of the base and the tuned model at the same seeds, and score both.",
     "predict": "Write the images of a prompt file.",
+    "cache": "Encode all images and prompts once, so that training need not.",
 }
 # Lines of a jsonargparse message that repeat the whole value, or list what a union could also have been.
 NOISE = re.compile(
@@ -144,6 +146,7 @@ class LimelightParser(LightningCLI):
         self.args = args
         self.stop_after_parsing = stop_after_parsing
         super().__init__(
+            trainer_class=CachingTrainer,
             parser_class=Parser,
             parser_kwargs={"description": DESCRIPTION},
             seed_everything_default=0,
@@ -166,7 +169,8 @@ class LimelightParser(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Checkpoints are always read with weights_only=True, so that reading one cannot run code."""
-        return {command: skip | {"weights_only"} for command, skip in LightningCLI.subcommands().items()}
+        lightnings = {command: skip | {"weights_only"} for command, skip in LightningCLI.subcommands().items()}
+        return lightnings | {"cache": {"model", "datamodule"}}
 
     def _add_subcommands(self, parser: Parser, **kwargs: Any) -> None:
         given = sys.argv[1:] if self.args is None else self.args

@@ -22,13 +22,14 @@ from typing import Any
 
 from jsonargparse import _parameter_resolvers
 from jsonargparse._optionals import get_doc_short_description, is_attrs_class, is_pydantic_model
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
+from lightning_modules.cli.caching import CachingTrainer
 from lightning_modules.cli.quick import REAL_MODULES, ROOMS, cache_file, is_real, key_of
 
 LARGEST_FAMILY = 300  # nn.Module has thousands of subclasses: they may be named, but only the real parser lists them
 KEPT_FILES = 10  # of earlier versions of the sources
-COMMAND_METHODS = ("fit", "validate", "test", "predict")
+COMMAND_METHODS = ("fit", "validate", "test", "predict", "cache")
 
 
 class NotRecordableError(Exception):
@@ -79,9 +80,9 @@ class Recorder:
         self.parameters: dict[str, bytes] = {}
 
     def record(self) -> dict[str, Any]:
-        self.add_parameters(Trainer)
+        self.add_parameters(CachingTrainer)
         for method in COMMAND_METHODS:
-            self.add_parameters(Trainer, method)
+            self.add_parameters(CachingTrainer, method)
         for root in (LightningModule, LightningDataModule, Callback):
             self.add_family(root)
         modules = {prefix for path in self.classes for prefix in prefixes(path.split(":")[0])}

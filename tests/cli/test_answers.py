@@ -18,7 +18,7 @@ OVERLAYS = [path for path in CONFIGS if "/trainer/" in path]
 RECIPES = [path for path in CONFIGS if "/trainer/" not in path]
 DPO = ["fit", "--config", "cli_configs/dpo/sd15_lora.yaml"]
 
-HELP = [["--help"], ["fit", "--help"], ["test", "--help"], [*DPO, "--model.help=DiffusionDPO"]]
+HELP = [["--help"], ["fit", "--help"], ["test", "--help"], ["cache", "--help"], [*DPO, "--model.help=DiffusionDPO"]]
 HELP += [[*DPO, "--trainer.callbacks.help=callbacks.ema.EMA"], [*DPO, "--trainer.strategy.help=DDPStrategy"]]
 PRINTED = [["fit", "--config", recipe, "--print_config"] for recipe in RECIPES]
 PRINTED += [[*DPO, "--config", overlay, "--print_config"] for overlay in OVERLAYS]
@@ -31,11 +31,12 @@ PRINTED += [
     [*DPO, "--model.backbone.lora.r=16", "--name=mine", "--evaluate=true", "--print_config"],
     ["test", *DPO[1:], "--config", "cli_configs/trainer/cpu_smoke.yaml", "--print_config"],
     ["predict", *DPO[1:], "--print_config"],
+    ["cache", *DPO[1:], "--folder=runs/cached", "--dtype=bfloat16", "--print_config"],
 ]
 # Arguments and what the message must say. A name in {braces} is a YAML of the fixture `bad_yamls`.
 MISTAKES = [
     (["fitt"], ["invalid choice: 'fitt'", "Did you mean 'fit'?"]),
-    ([], ["one of {fit,validate,test,predict}"]),
+    ([], ["one of {fit,validate,test,predict,cache}"]),
     (["fit"], ["required", "fit.model"]),
     (["fit", "--config", "cli_configs/dpo/nope.yaml"], ["does not exist", "cli_configs/dpo/nope.yaml"]),
     (["fit", "--config", "cli_configs"], ["cli_configs"]),
@@ -56,6 +57,9 @@ MISTAKES = [
     ([*DPO, "--model.optimizer.lr=fast"], ["model.init_args.optimizer.init_args.lr: expected float", "got fast"]),
     ([*DPO, "--trainer.precision=bf17"], ["trainer.precision", "bf16-mixed", "bf17"]),
     ([*DPO, "--ckpt_path=runs/nope.ckpt"], ["ckpt_path", "runs/nope.ckpt", "does not exist"]),
+    (["cache", *DPO[1:], "--dtype=float8"], ["dtype", "float16", "got float8"]),
+    (["cache", *DPO[1:], "--rows_per_shard=few"], ["rows_per_shard", "expected int"]),
+    (["cache", *DPO[1:], "--foldr=x"], ["--foldr", "Did you mean 'folder'?"]),
     (["fit", "--config", "{misspelt}"], ["misspelt.yaml", "Option 'betaa'", "Did you mean 'beta'?"]),
     (["fit", "--config", "{section}"], ["daata", "Did you mean 'data'?"]),
     (["fit", "--config", "{twice}"], ["twice.yaml", "'trainer' is given twice", "line 5"]),
