@@ -110,7 +110,9 @@ class ToyPairs(PickAPicDataModule):
         pipeline: Folder of the base pipeline.
         num_inference_steps: Sampling steps of the pictures.
         guidance_scale: Classifier-free guidance of the pictures.
-        cache: Folder for the pairs; they are made again when it is lost.
+        folder: Folder for the pairs; they are made again when it is lost.
+        cache: Folder that `main.py cache` fills with the encoded pictures and prompts, to train from; null encodes at
+            every step.
     """
 
     def __init__(
@@ -129,7 +131,8 @@ class ToyPairs(PickAPicDataModule):
         pipeline: str = str(PIPELINE),
         num_inference_steps: int = 20,
         guidance_scale: float = 2.0,
-        cache: str = "runs/cache",
+        folder: str = "runs/cache",
+        cache: str | None = None,
     ) -> None:
         if not 0.0 <= label_noise <= 1.0:
             raise ValueError(f"ToyPairs: label_noise is {label_noise}; expected a probability, in [0, 1].")
@@ -156,9 +159,9 @@ class ToyPairs(PickAPicDataModule):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
-        self.cache = Path(cache)
+        self.folder = Path(folder)
         super().__init__(
-            source=str(pairs_folder(self.settings, self.cache)),
+            source=str(pairs_folder(self.settings, self.folder)),
             resolution=IMAGE_SIZE,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -166,10 +169,11 @@ class ToyPairs(PickAPicDataModule):
             preferred_only=preferred_only,
             horizontal_flip=False,
             test_prompts=heldout_prompts(num_test_prompts),
+            cache=cache,
         )
 
     def prepare_data(self) -> None:
         """Make the pairs, in one process, unless they are there."""
         if self.trainer.state.fn in (TrainerFn.FITTING, TrainerFn.VALIDATING):
-            write_pairs(self.settings, self.cache)
+            write_pairs(self.settings, self.folder)
         super().prepare_data()

@@ -80,7 +80,9 @@ class CachingTrainer(Trainer):
             ckpt_path: Must be null, as in the config.yaml of a run: training does not change the encoders.
         """
         if ckpt_path is not None:
-            raise ValueError("ckpt_path: no checkpoint holds encoders, which are the same after training. Leave it out.")
+            raise ValueError(
+                "ckpt_path: no checkpoint holds encoders, which are the same after training. Leave it out."
+            )
         if not isinstance(model, AlignmentModule):
             raise ValueError(f"{type(model).__name__} has no backbone whose encoders could fill a cache.")
         if not hasattr(datamodule, "cache_filling"):

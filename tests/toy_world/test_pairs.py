@@ -19,13 +19,13 @@ from datamodules.toy_world.scenes import heldout_scenes, train_scenes
 
 
 def world(tmp_path, **options):
-    settings = {"source": "world", "num_pairs": 64, "num_val_pairs": 8, "cache": str(tmp_path)} | options
+    settings = {"source": "world", "num_pairs": 64, "num_val_pairs": 8, "folder": str(tmp_path)} | options
     return ToyPairs(**settings)
 
 
 def read(data, split="train"):
     """Columns of the made pairs, and the oracle's scores of their pictures."""
-    folder = write_pairs(data.settings, data.cache)
+    folder = write_pairs(data.settings, data.folder)
     table = pq.read_table(folder / f"{split}.parquet").to_pydict()
     scores = [judge(torch.stack([decode(png) for png in table[c]]), table["caption"]) for c in ("jpg_0", "jpg_1")]
     return table, scores
@@ -96,9 +96,9 @@ def test_the_same_settings_give_the_same_bytes_and_other_settings_another_folder
 
 def test_made_pairs_are_not_made_again(tmp_path, monkeypatch):
     data = world(tmp_path)
-    write_pairs(data.settings, data.cache)
+    write_pairs(data.settings, data.folder)
     monkeypatch.setattr(pairs, "_pictures", None)  # would fail if it were called
-    write_pairs(data.settings, data.cache)
+    write_pairs(data.settings, data.folder)
 
 
 def test_an_interrupted_making_is_made_again(tmp_path, monkeypatch):
@@ -112,7 +112,7 @@ def test_an_interrupted_making_is_made_again(tmp_path, monkeypatch):
     write = pairs._write_parquet
     monkeypatch.setattr(pairs, "_write_parquet", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_pairs(data.settings, data.cache)
+        write_pairs(data.settings, data.folder)
     monkeypatch.undo()
     assert len(read(data, "validation")[0]["caption"]) == 8
 
@@ -182,8 +182,8 @@ def test_impossible_settings_are_refused(options, message, tmp_path):
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory):
     """Twelve pairs sampled from the shipped base, in a cache of their own."""
-    cache = tmp_path_factory.mktemp("cache")
-    return {"source": "base", "num_pairs": 12, "num_val_pairs": 4, "num_inference_steps": 4, "cache": str(cache)}
+    folder = tmp_path_factory.mktemp("pairs")
+    return {"source": "base", "num_pairs": 12, "num_val_pairs": 4, "num_inference_steps": 4, "folder": str(folder)}
 
 
 def test_pairs_sampled_from_the_base_are_made_and_labelled(sampled):
