@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -161,9 +162,15 @@ def repair_progress(loop: _FitLoop) -> None:
     by `on_train_batch_end` of an epoch's last batch: the next epoch would not be counted as begun, and the checkpoints
     written in it restart it. One written at the end of an epoch when `max_steps` is set and nothing validates: one more
     batch would be taken as part of the finished epoch, and stepped on although its accumulation window is incomplete.
+
+    And no checkpoint of the step that is resumed from is written once more, at a batch inside the next window: several
+    ranks could not continue it exactly.
     """
     if not loop.is_resuming:
         return
+    for callback in loop.trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
+            callback._last_global_step_saved = loop.trainer.global_step
     batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
     if batches.total.ready > batches.total.processed:
         for count in (batches.total, batches.current):

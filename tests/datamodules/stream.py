@@ -119,7 +119,7 @@ class SaveAndDie(pl.Callback):
 def fit(data: EchoData, checkpoint: Path | None = None, killer: SaveAndDie | None = None, **kwargs: Any) -> Recorder:
     """One run, until its end or until it is killed."""
     module = Recorder()
-    trainer = quiet_trainer(callbacks=[killer] if killer else None, **kwargs)
+    trainer = quiet_trainer(**{"callbacks": [killer] if killer else None, **kwargs})
     with contextlib.suppress(Killed):
         trainer.fit(module, data, ckpt_path=checkpoint)
     return module

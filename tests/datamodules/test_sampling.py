@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.sampling import EvaluationSampler, StreamSampler
 from tests.datamodules import stream
@@ -106,6 +107,18 @@ def test_a_resumed_run_can_be_resumed(run, hook, tmp_path):
             if second.exists():
                 rest = fit(EchoData(), second, **options)
                 assert killed.seen[:trained] + resumed.seen + rest.seen == whole.seen
+
+
+def test_a_resumed_run_writes_no_checkpoint_inside_a_window(tmp_path):
+    options = {"accumulate_grad_batches": 3, "max_steps": 3, "enable_checkpointing": True}
+
+    def saved(folder: str, checkpoint: Path | None = None) -> list[str]:
+        every_step = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        fit(EchoData(), checkpoint, callbacks=[every_step], **options)
+        return sorted(path.name for path in (tmp_path / folder).iterdir())
+
+    assert saved("whole") == ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt"]
+    assert saved("resumed", tmp_path / "whole" / "step=1.ckpt") == ["step=2.ckpt", "step=3.ckpt"]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
