@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -30,6 +30,12 @@ class RunLogger(CSVLogger):
 
     def __init__(self, name: str) -> None:
         super().__init__(RUNS, name=name, flush_logs_every_n_steps=1)
+        self._last: tuple[int | None, dict[str, Any]] | None = None
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if (step, metrics) != self._last:  # written with the checkpoint
+            super().log_metrics(metrics, step)
+        self._last = step, dict(metrics)
 
     def _get_next_version(self) -> int:
         version = super()._get_next_version()
@@ -42,7 +48,25 @@ class RunLogger(CSVLogger):
         return version
 
 
-class SaveRun(SaveConfigCallback):
+class SaveMetrics(Callback):
+    """Writes the metrics of a step before its checkpoint gets its name: the Trainer would do so after it.
+
+    A run killed in between and resumed would lack them.
+    """
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        progress, connector = trainer.fit_loop.epoch_loop.batch_progress.total, trainer._logger_connector
+        at_end_of_batch = trainer.training and progress.processed > progress.completed
+        if at_end_of_batch and connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+            metrics = {name: value.item() for name, value in connector.metrics["log"].items()}
+            if metrics:
+                logger = trainer.loggers[0]
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step)
+                logger.save()
+
+
+class SaveRun(SaveMetrics, SaveConfigCallback):
     """Saves the resolved config and the environment before the first step."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

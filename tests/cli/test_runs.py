@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules.cli import app, run_folder
+from lightning_modules.cli import app, checkpoints, run_folder
 from main import main
 from tests.cli.runs import ARGUMENTS, LoggingModel
 
@@ -78,6 +78,19 @@ def test_metrics_are_on_disk_at_every_logged_step(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(LoggingModel, "training_step", watching_step)
     main(["fit", *ARGUMENTS])
     assert seen == [0, 2, 3]
+
+
+def test_metrics_of_a_step_are_on_disk_before_its_checkpoint(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def replace(part: Path, path: Path) -> None:
+        seen.append([path.name, *(row["step"] for row in rows("runs/run/version_0") if row["train/loss"])])
+        os.rename(part, path)
+
+    monkeypatch.setattr(checkpoints.os, "replace", replace)
+    main(["fit", *ARGUMENTS, "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=2"])
+    assert seen == [["epoch=0-step=2.ckpt", "0", "1"]]
+    assert [row["step"] for row in rows("runs/run/version_0") if row["train/loss"]] == ["0", "1", "2"]
 
 
 def test_name_is_folder_and_stem_of_the_first_config():
