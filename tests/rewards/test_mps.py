@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
@@ -22,6 +22,11 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mps")
     save_hf_clip(folder)
     clip = load_file(folder / "model.safetensors")
+    for name in ("token_embedding.weight", "position_embedding.weight"):
+        clip[f"text_model.embeddings.{name}"] *= 10  # so that some tokens matter and others do not
+    clip["text_model.final_layer_norm.weight"] = torch.ones(16)
+    clip["text_model.final_layer_norm.bias"] = torch.zeros(16)
+    save_file(clip, folder / "model.safetensors")
     weights = random_weights(mps_layout({}, **SIZES)) | {f"model.{name}": value for name, value in clip.items()}
     torch.save(weights, folder / "mps.pt")
     return folder, weights
