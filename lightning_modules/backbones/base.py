@@ -1,19 +1,24 @@
 """The contract between methods and model families: a method may use nothing else (design, section 3)."""
 
+import copy
 import hashlib
 import inspect
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from datamodules.batches import ImageBatch, PairBatch
+from lightning_modules.backbones.lora_files import save_kohya_lora
 from lightning_modules.functional.latents import sample_posterior
 from lightning_modules.functional.noise import PredictionType, add_noise, draw_noise, regression_target, to_x0
 
@@ -61,6 +66,7 @@ class Backbone(nn.Module):
     denoiser_class_name: ClassVar[str]  # in diffusers
     text_encoder_names: ClassVar[tuple[str, ...]]
     lora_targets: ClassVar[tuple[str, ...]]
+    kohya_version: str  # what kohya's LoRA files call the base model, for example "sd_v1"
 
     def __init__(
         self,
@@ -83,6 +89,8 @@ class Backbone(nn.Module):
             )
         self.pretrained = pretrained
         check_model_path("backbone.pretrained", pretrained, "model_index.json")
+        if lora is not None:
+            check_lora(lora)
         if Path(pretrained).is_dir():
             self.check_parts(read_index(Path(pretrained)))
         for name, path, subfolder in (("denoiser", denoiser, self.denoiser_name), ("vae", vae, "vae")):
@@ -392,30 +400,107 @@ class Backbone(nn.Module):
             network.train(was_training)
         return torch.cat(images) if images else torch.empty(0, 3, 0, 0)
 
-    def export(self, folder: Path) -> None:
-        """Write what diffusers loads: the LoRA as `pytorch_lora_weights.safetensors`, or the whole pipeline.
+    def export(
+        self,
+        folder: Path,
+        formats: Sequence[str] = ("diffusers",),
+        name: str = "lora",
+        merged: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Write what diffusers and others load: the LoRA, or the whole pipeline if all weights were trained.
 
-        A whole pipeline takes its frozen parts from their source again, so that they stay what they were.
+        A whole pipeline takes its frozen parts from their source again, so that they stay what they were. Under FSDP2
+        every rank must call this; the first one writes.
+
+        Args:
+            folder: Where the files go; made if absent.
+            formats: Layouts of a LoRA: "diffusers" (`pytorch_lora_weights.safetensors`, with the adapters' settings),
+                "kohya" (`<name>.safetensors`, as sd-scripts, ComfyUI and A1111 name the layers).
+            name: Name of kohya's file.
+            merged: Write into `merged` the whole pipeline with the LoRA added to its weights, too.
+            dtype: Type of the exported weights.
         """
+        weights = self.whole_weights()
+        if rank_zero_only.rank != 0:
+            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.lora is not None:
-            from diffusers.utils import convert_state_dict_to_diffusers
-            from peft.utils import get_peft_model_state_dict
-
-            name = self.denoiser_name
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser))
-            self.pipeline.save_lora_weights(
-                folder,
-                **{
-                    f"{name}_lora_layers": {key: tensor.detach().cpu().contiguous() for key, tensor in layers.items()},
-                    f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
-                },
-            )
-        else:
+        if self.lora is None:
             pipeline = self.load_pipeline()
-            getattr(pipeline, self.denoiser_name).load_state_dict(self.denoiser.state_dict())
-            pipeline.save_pretrained(folder, safe_serialization=True)
+            getattr(pipeline, self.denoiser_name).load_state_dict(weights)
+            save_pipeline(pipeline, folder, dtype)
+            return
+        adapters = get_peft_model_state_dict(self.denoiser, state_dict=weights)
+        if "diffusers" in formats:
+            self.save_diffusers_lora(folder, {key: tensor.to(dtype) for key, tensor in adapters.items()})
+        if "kohya" in formats:
+            save_kohya_lora(folder / f"{name}.safetensors", adapters, self.kohya_modules(), self.kohya_version, dtype)
+        if merged:
+            pipeline = self.load_pipeline()
+            network = getattr(pipeline, self.denoiser_name)
+            network.add_adapter(copy.deepcopy(self.lora))
+            set_peft_model_state_dict(network, adapters)
+            network.fuse_lora()
+            network.unload_lora()
+            save_pipeline(pipeline, folder / "merged", dtype)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """What was trained of the denoiser, and its buffers, whole and on the CPU.
+
+        Under FSDP2 every rank must call this to gather them, and the first one gets them.
+        """
+        frozen = {name for name, parameter in self.denoiser.named_parameters() if not parameter.requires_grad}
+        weights = {}
+        for name, tensor in self.denoiser.state_dict().items():
+            if name in frozen:
+                continue
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if rank_zero_only.rank == 0:
+                weights[name] = whole.cpu()
+        return weights
+
+    def save_diffusers_lora(self, folder: Path, adapters: dict[str, Tensor]) -> None:
+        """Write peft's adapters as `pytorch_lora_weights.safetensors`."""
+        from diffusers.utils import convert_state_dict_to_diffusers
+
+        layers = convert_state_dict_to_diffusers(adapters)
+        if any(".lora_A." in key for key in layers):
+            # It renames attention projections only, and the reader judges the whole file by its first key.
+            layers = adapters
+        self.pipeline.save_lora_weights(
+            folder,
+            **{
+                f"{self.denoiser_name}_lora_layers": {key: tensor.contiguous() for key, tensor in layers.items()},
+                f"{self.denoiser_name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
+            },
+        )
+
+    def kohya_modules(self) -> dict[str, tuple[str, float]]:
+        """Name in kohya's files, and alpha, of each module with an adapter.
+
+        Raises:
+            ValueError: if kohya's files cannot hold these adapters.
+        """
+        names = self.kohya_names()
+        modules = {}
+        for module, layer in self.denoiser.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            variant = layer.lora_variant.get("default")
+            if variant is not None or module not in names:
+                reason = f"has no name there ({module})" if variant is None else f"is a {type(variant).__name__}"
+                raise ValueError(
+                    f"The LoRA cannot be exported in kohya's layout: an adapter {reason}. Train plain LoRA on "
+                    "attention, feed-forward or convolution layers, or leave that layout out, as "
+                    "`formats: [diffusers]` of ExportPipeline."
+                )
+            modules[module] = (names[module], layer.scaling["default"] * layer.r["default"])
+        return modules
+
+    def kohya_names(self) -> dict[str, str]:
+        """Name in kohya's files of each module of the denoiser: diffusers' own, unless a family differs."""
+        return {name: name for name, _ in self.denoiser.named_modules()}
 
     # --------------------------------------------------------------------------------------------------- loading
 
@@ -501,6 +586,9 @@ class Backbone(nn.Module):
             part_class = getattr({"diffusers": diffusers, "transformers": transformers}[entry[0]], entry[1])
             if issubclass(part_class, transformers.PreTrainedModel):
                 parts[name] = part_class(part_class.config_class.from_pretrained(folder / name))
+            elif issubclass(part_class, diffusers.SchedulerMixin):
+                with torch.device("cpu"):  # it computes with its numbers, also beside networks on the meta device
+                    parts[name] = part_class.from_config(part_class.load_config(folder / name))
             elif issubclass(part_class, diffusers.ModelMixin) or hasattr(part_class, "load_config"):
                 parts[name] = part_class.from_config(part_class.load_config(folder / name))
             else:
@@ -599,6 +687,42 @@ def check_model_path(option: str, path: str, needed: str, subfolder: str = "") -
             f"{option}: there is no folder {path!r} (looked in {Path.cwd()}); expected a folder written by diffusers' "
             "`save_pretrained`, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."
         )
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Stop early at settings by which more than the adapters changes.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    adapters_only = {
+        "bias": ("none",),
+        "lora_bias": (False,),
+        "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others start from changed frozen weights
+        "modules_to_save": (None, []),
+        "target_parameters": (None, []),
+        "trainable_token_indices": (None, []),
+        "layer_replication": (None, []),
+    }
+    for setting, possible in adapters_only.items():
+        if (value := getattr(lora, setting)) not in possible:
+            raise ValueError(
+                f"backbone.lora.{setting} is {value!r}; expected {' or '.join(str(p) for p in possible if p != [])}. "
+                "A LoRA file holds the factors of the adapters and nothing else, and the reference is the model with "
+                "its adapters off: what else was trained would be lost."
+            )
+
+
+def save_pipeline(pipeline: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Save a pipeline that is not needed any more, without the paths that its parts were read from."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, dtype)  # diffusers' own `to` warns where there is nothing to warn of
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for file in [folder / "model_index.json", *folder.glob("*/config.json")]:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def to_low_precision(module: nn.Module | None, dtype: torch.dtype) -> None:

@@ -37,3 +37,9 @@ class SD15(Backbone):
     def predict(self, x_t: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
         with self.autocast():
             return self.pipeline.unet(x_t, t, encoder_hidden_states=condition["prompt_embeds"]).sample
+
+    @property
+    def kohya_version(self) -> str:
+        """sd_v1 or sd_v2 (told apart by the text encoder's width), with _v for v-prediction."""
+        version = "sd_v2" if self.text_encoder.config.hidden_size == 1024 else "sd_v1"
+        return version + ("_v" if self.prediction_type == "v_prediction" else "")

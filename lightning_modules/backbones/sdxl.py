@@ -9,6 +9,7 @@ from torch import Tensor
 
 from datamodules.batches import ImageBatch, PairBatch
 from lightning_modules.backbones.base import Backbone, Conditioning, is_component
+from lightning_modules.backbones.lora_files import sgm_names
 from lightning_modules.backbones.stable_diffusion import clip_tokens, hold_schedule, training_schedule
 
 SizeConditions = Literal["constant", "real"]
@@ -87,6 +88,7 @@ class SDXL(Backbone):
     denoiser_class_name = "UNet2DConditionModel"
     text_encoder_names = ("text_encoder", "text_encoder_2")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    kohya_version = "sdxl_base_v1-0"
 
     def __init__(
         self,
@@ -209,6 +211,10 @@ class SDXL(Backbone):
                 encoder_hidden_states=condition["prompt_embeds"],
                 added_cond_kwargs={"text_embeds": condition["pooled_prompt_embeds"], "time_ids": time_ids},
             ).sample
+
+    def kohya_names(self) -> dict[str, str]:
+        """Stability's names: kohya trains SDXL on its original code, not on diffusers'."""
+        return sgm_names(self.unet)
 
 
 def has_turbo_scheduler(pipeline: Any) -> bool:

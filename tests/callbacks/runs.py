@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from datamodules.batches import PromptBatch
 from datamodules.sampling import evaluation_loader
 from lightning_modules.backbones.sd15 import SD15
+from lightning_modules.backbones.sdxl import SDXL
 from lightning_modules.diffusion_dpo import DiffusionDPO
 from lightning_modules.rewards.base import Reward
 from tests.pairs import RandomPairs
@@ -64,13 +65,15 @@ class Data(RandomPairs):
 
 def make_module(
     folder: Path,
-    lora: bool = True,
+    lora: bool | LoraConfig = True,
     lr: float = 1e-2,
     optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
     **settings: Any,
 ) -> DiffusionDPO:
-    adapters = LoraConfig(r=2, lora_alpha=4) if lora else None
-    backbone = SD15(str(folder), lora=adapters, num_inference_steps=2, **settings)
+    if isinstance(lora, bool):
+        lora = LoraConfig(r=2, lora_alpha=4) if lora else None
+    family = SDXL if (folder / "text_encoder_2").is_dir() else SD15
+    backbone = family(str(folder), lora=lora, num_inference_steps=2, **settings)
     return DiffusionDPO(backbone, beta=2000.0, optimizer=lambda p: optimizer(p, lr=lr))
 
 
