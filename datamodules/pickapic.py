@@ -499,6 +499,9 @@ class PickAPicDataModule(ResumableDataModule):
             )
         return wanted
 
+    def _source_of(self, split: str) -> str | list[str]:
+        return self.source
+
     def _load_rows(self, split: str) -> Rows:
         if self.streaming:
             columns = self.columns
@@ -571,12 +574,10 @@ class PickAPicDataModule(ResumableDataModule):
             reject(_mask(problems, rows), "with a damaged image", problems.__getitem__)
 
         reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
-        index = np.flatnonzero(keep)
+        index, name = np.flatnonzero(keep), f"{self._source_of(split)}, split {split!r}"
         if len(index) == 0:
-            raise ValueError(f"{self.source}, split {split!r}: nothing is left of {len(rows)} rows: {reasons}.")
-        summary = f"{self.source}, split {split!r}: {len(index)} of {len(rows)} rows" + (
-            f"; left out: {reasons}" if reasons else ""
-        )
+            raise ValueError(f"{name}: nothing is left of {len(rows)} rows: {reasons}.")
+        summary = f"{name}: {len(index)} of {len(rows)} rows" + (f"; left out: {reasons}" if reasons else "")
         return PairTable(rows, columns, index, None if single else label_0[index], summary)
 
     def _verify(self, rows: Rows, index: np.ndarray, images: list[str]) -> dict[int, str]:

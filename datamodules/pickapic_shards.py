@@ -58,22 +58,25 @@ class PickAPicShardsDataModule(PickAPicDataModule):
             split="train",
             validation_split=None if validation_source is None else "validation",
             subset=None,
-            streaming=False,
             columns=TAR_COLUMNS if members.label_0 is not None else replace(TAR_COLUMNS, label_0=None),
+            streaming=False,
+            shuffle_shards=shuffle_shards,
+            cache_dir=cache_dir,
+            cache_gb=cache_gb,
             **kwargs,
         )
-        if shuffle_shards < 1:
-            raise ValueError(f"shuffle_shards is {shuffle_shards}; expected 1 or more.")
         self.validation_source = validation_source
         self.members = members
-        self.shuffle_shards = shuffle_shards
-        self.cache_dir = cache_dir
-        self.cache_gb = cache_gb
         self.allow_shell_pipes = allow_shell_pipes
+
+    def _source_of(self, split: str) -> str | list[str]:
+        return self.source if split == "train" else self.validation_source
 
     def _load_rows(self, split: str) -> TarRows:
         cache = ShardCache(Path(self.cache_dir), self.cache_gb, self.allow_shell_pipes)
-        rows = open_tars(expand_urls(self.source if split == "train" else self.validation_source), self.members, cache)
+        rows = open_tars(expand_urls(self._source_of(split)), self.members, cache)
+        if len(rows) == 0:
+            raise ValueError(f"{self._source_of(split)}: there are no samples in these shards.")
         for option, needed in (
             ("require_label", ["has_label"]),
             ("dreamlike_pairs_only", ["model_0", "model_1"]),

@@ -423,7 +423,10 @@ def verify(shards: str, source: str | None = None, num_workers: int | None = Non
 
 def check(path: Path) -> list[str]:
     """What is wrong with a tar, or does not fit the index beside it."""
-    beside = read_sidecar(str(path))
+    try:
+        beside = read_sidecar(str(path))
+    except ValueError as error:
+        return [str(error)]
     if beside is None:
         return [f"{path}: there is no index beside it to compare it with; `index` makes one."]
     found = index_tar(path, beside.members, str(path), checksum=True)
@@ -485,7 +488,9 @@ def in_parallel(task: Callable[[T], R], items: Sequence[T], num_workers: int | N
     """Results of a task, by several processes, with a progress bar."""
     from rich.progress import track
 
-    workers = max(1, min(num_workers or os.cpu_count() or 1, len(items)))
+    if not items:
+        return []
+    workers = min(num_workers or os.cpu_count() or 1, len(items))
     with ProcessPoolExecutor(workers, initializer=_start, initargs=(task,)) as pool:
         try:
             return list(track(pool.map(_run, items), title, total=len(items)))

@@ -6,16 +6,16 @@ import json
 import os
 import re
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from datamodules.shard_cache import ShardCache, local_path, open_filesystem, persist, shown
+from datamodules.shard_cache import ShardCache, file_info, local_path, open_filesystem, persist, shown
 from datamodules.sources import Rows
+from datamodules.streaming import in_threads
 from datamodules.tar_index import BLOCK, DAMAGED, VERSION, PairMembers, ShardIndex, index_tar, replacing
 
 if TYPE_CHECKING:
@@ -50,67 +50,73 @@ def fingerprint(url: str) -> str:
         return f"{local.absolute()} {status.st_size} {status.st_mtime_ns}"
     if url.startswith("pipe:"):
         return url
-    filesystem, path = open_filesystem(url)
-    return f"{url} {sorted(persist(shown(url), lambda: filesystem.info(path)).items())}"
+    return f"{url} {sorted(persist(shown(url), partial(file_info, url)).items())}"
 
 
-def find_index(url: str, state: str, members: PairMembers, cache: ShardCache) -> ShardIndex:
-    """The index of a shard: kept from the last time, or from beside a remote shard, or made by reading the shard.
+def load_indices(urls: list[str], states: list[str], members: PairMembers, cache: ShardCache) -> list[ShardIndex]:
+    """The index of every shard: kept from the last time, or from beside a remote shard, or made by reading the shard.
 
     The index beside a local shard is only compared with what the shard says.
 
     Args:
-        url: Address of the shard.
-        state: Its `fingerprint`.
-        members: What its members are called.
-        cache: Keeps the index, and the copy of a shard that must be downloaded for it.
+        urls: Addresses of the shards.
+        states: Their `fingerprint`s.
+        members: What their members are called.
+        cache: Keeps the indices, and the copies of shards that must be downloaded for it.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: if the shard cannot be read, or the index beside it does not fit.
+        FileNotFoundError, OSError, ValueError: if a shard cannot be read, or the index beside it does not fit.
     """
-    kept = _kept(cache, "parquet", state, members)
-    if kept.exists():
-        with suppress(ValueError):  # of another version
-            return ShardIndex.load(kept)
-    beside = read_sidecar(url)
-    if beside is not None and beside.members != members:
-        raise ValueError(_unfit(url, f"was made for members called {beside.members}"))
-    if beside is None or local_path(url) is not None:
+    from rich.progress import track
+
+    kept = {url: _kept(cache, "parquet", state, members) for url, state in zip(urls, states, strict=True)}
+    unread = [url for url in urls if not kept[url].exists()]
+    beside = dict(zip(unread, in_threads(partial(read_sidecar, members=members), unread), strict=True))
+    for url in unread:
+        if beside[url] is not None and local_path(url) is None:
+            beside[url].save(kept[url])
+    unread = [url for url in unread if not kept[url].exists()]
+    for number, url in enumerate(track(unread, "Indexing shards", disable=len(unread) < 2)):
+        cache.prefetch([url for url in unread[number:] if local_path(url) is None])
         index = index_tar(cache.path(url), members, shown(url))
-        if beside is not None and not (beside.size == index.size and beside.table.equals(index.table)):
+        if (other := beside[url]) is not None and not (other.size == index.size and other.table.equals(index.table)):
             raise ValueError(_unfit(url, "tells of other samples"))
-    else:
-        index = beside
-    index.save(kept)
-    return index
+        index.save(kept[url])
+    return [ShardIndex.load(kept[url]) for url in urls]
 
 
-def read_sidecar(url: str) -> ShardIndex | None:
+def read_sidecar(url: str, members: PairMembers | None = None) -> ShardIndex | None:
     """The index beside a shard, if there is one.
 
+    Args:
+        url: Address of the shard.
+        members: What its members must be called; null takes any.
+
     Raises:
-        ValueError: if it is damaged, or of a shard of another size.
+        ValueError: if the index is damaged, or of other members or a shard of another size.
     """
     local = local_path(url)
-    try:
-        if local is not None:
-            file = Path(sidecar(str(local)))
-            if not file.exists():
-                return None
-            size = local.stat().st_size
-        elif url.startswith("pipe:") or "?" in url:  # has no beside
+    if local is not None:
+        file = Path(sidecar(str(local)))
+        if not file.exists():
             return None
-        else:
-            filesystem, path = open_filesystem(url)
-            if not filesystem.exists(sidecar(path)):
-                return None
-            file = io.BytesIO(persist(shown(sidecar(url)), lambda: filesystem.cat_file(sidecar(path))))
-            size = persist(shown(url), lambda: filesystem.info(path)).get("size")
+        size = local.stat().st_size
+    elif url.startswith("pipe:") or "?" in url:  # there is no beside
+        return None
+    else:
+        filesystem, path = open_filesystem(url)
+        if not filesystem.exists(sidecar(path)):
+            return None
+        file = io.BytesIO(persist(shown(sidecar(url)), partial(filesystem.cat_file, sidecar(path))))
+        size = persist(shown(url), partial(file_info, url))["size"]
+    try:
         index = ShardIndex.load(file)
     except ValueError as error:
         raise ValueError(_unfit(url, f"is {error}")) from error
     if size is not None and index.size != size:
         raise ValueError(_unfit(url, f"was made for {index.size} bytes, the shard has {size}"))
+    if members not in (None, index.members):
+        raise ValueError(_unfit(url, f"was made for members called {', '.join(map(str, astuple(index.members)))}"))
     return index
 
 
@@ -140,12 +146,11 @@ def open_tars(urls: list[str], members: PairMembers, cache: ShardCache) -> "TarR
     import datasets
     import pyarrow as pa
 
-    with ThreadPoolExecutor(16) as pool:
-        states = list(pool.map(fingerprint, urls))
+    states = in_threads(fingerprint, urls)
     merged = _kept(cache, "arrow", states, members)
     if not merged.exists():
         merged.parent.mkdir(exist_ok=True)
-        table, sizes = _merge(urls, states, members, cache)
+        table, sizes = _merge(load_indices(urls, states, members, cache))
         schema = table.schema.with_metadata({"sizes": json.dumps(sizes)})
         with replacing(merged) as part, pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             writer.write_table(table)
@@ -157,23 +162,12 @@ def open_tars(urls: list[str], members: PairMembers, cache: ShardCache) -> "TarR
     return rows
 
 
-def _merge(urls: list[str], states: list[str], members: PairMembers, cache: ShardCache) -> tuple["pa.Table", list[int]]:
+def _merge(indices: list[ShardIndex]) -> tuple["pa.Table", list[int]]:
     """All indices in one table whose places know their shard, and the sizes of the tars."""
     import pyarrow as pa
-    from rich.progress import track
 
-    unread = [
-        url
-        for url, state in zip(urls, states, strict=True)
-        if local_path(url) is None and not _kept(cache, "parquet", state, members).exists()
-    ]
-    indices = []
-    for url, state in track(list(zip(urls, states, strict=True)), "Indexing shards", disable=len(urls) == 1):
-        if url in unread:
-            cache.prefetch(unread[unread.index(url) :])
-        indices.append(find_index(url, state, members, cache))
     table = pa.concat_tables(index.table for index in indices).combine_chunks()
-    shard = pa.array(np.repeat(np.arange(len(urls), dtype=np.int32), [len(index.table) for index in indices]))
+    shard = pa.array(np.repeat(np.arange(len(indices), dtype=np.int32), [len(index.table) for index in indices]))
     for name in ("image_0", "image_1"):
         place = pa.StructArray.from_arrays(
             [shard, *table[name].combine_chunks().flatten()], ["shard", "offset", "size", "check"]
@@ -241,7 +235,10 @@ class TarRows(Rows):
             while len(self._files) >= OPEN_SHARDS:
                 self._files.pop(next(iter(self._files))).close()
             path = self.cache.path(self.files[shard])
-            file = path.open("rb", buffering=0)
+            try:
+                file = path.open("rb", buffering=0)
+            except FileNotFoundError:  # removed by another process just now
+                file = self.cache.path(self.files[shard]).open("rb", buffering=0)
             if (size := os.fstat(file.fileno()).st_size) != self.sizes[shard]:
                 raise ValueError(f"lies in {path}, which has {size} bytes instead of {self.sizes[shard]}. {CHANGED}")
         self._files[shard] = file
