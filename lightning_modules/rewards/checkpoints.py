@@ -1,6 +1,7 @@
 """Published weight files: found, read without running code from them, and fitted key by key into a network."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -82,7 +83,7 @@ def find(option: str, source: str, names: tuple[str, ...]) -> Path:
             problems.append(error)
     raise FileNotFoundError(
         f"{option}: cannot get {' or '.join(names)} of {source!r} from the hub: "
-        f"{str(problems[0]).strip().splitlines()[0]} Without a network, give the folder of a copy."
+        f"{first_line(problems[0])}. Without a network, give the folder of a copy."
     ) from problems[0]
 
 
@@ -102,16 +103,16 @@ def read_weights(option: str, path: Path) -> dict[str, Tensor]:
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if code := re.search(r"Unsupported global: GLOBAL \S+", str(error)):
+            raise ValueError(
+                f"{option}: {str(path)!r} holds more than tensors, and is not read, because that could run any code "
+                f"({code[0]}). If you trust the file, save its state dict: "
+                "torch.save(torch.load(path, weights_only=False).state_dict(), new_path)."
+            ) from error
         raise ValueError(
-            f"{option}: {str(path)!r} holds more than tensors, and is not read: what it holds could run any code "
-            f"({str(error).strip().splitlines()[-1][:200]}). Save its state dict, where you trust the file: "
-            "torch.save(torch.load(path, weights_only=False).state_dict(), new_path)."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{option}: {str(path)!r} is not a readable weight file ({str(error).strip().splitlines()[0][:200]}); it "
-            f"has {path.stat().st_size} bytes. Was the download cut short, or is it the web page instead of the file?"
+            f"{option}: {str(path)!r} is not a readable weight file ({first_line(error)}); it has "
+            f"{path.stat().st_size} bytes. Was the download cut short, or is it a web page instead of the file?"
         ) from error
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
@@ -121,6 +122,13 @@ def read_weights(option: str, path: Path) -> dict[str, Tensor]:
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     return weights
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, short, and without the full stop; its type where it says nothing."""
+    text = str(error).split("WeightsUnpickler error: ")[-1]  # before it stands advice to run the file's code
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return lines[0][:120].rstrip(".")
 
 
 def check_sha256(option: str, path: Path, expected: str) -> None:
