@@ -654,9 +654,14 @@ def first_line(error: BaseException) -> str:
 
 
 def load_component(component_class: Any, path: str, subfolder: str) -> nn.Module:
-    """A network from a folder that holds it, or from the usual subfolder of a pipeline."""
-    local = Path(path)
-    nested = not (local / "config.json").is_file() if local.is_dir() else True
+    """A network from a folder or hub id that holds it, or from the usual subfolder of a pipeline."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        config = Path(path, "config.json") if Path(path).is_dir() else Path(hf_hub_download(path, "config.json"))
+    except OSError:  # not there, or not reachable: then reading the network says so
+        config = None
+    nested = config is None or not config.is_file()
     return component_class.from_pretrained(
         path, subfolder=subfolder if nested else None, use_safetensors=True, dtype=torch.float32
     )

@@ -233,6 +233,19 @@ def test_another_denoiser_is_start_and_reference(sd15, tmp_path):
             assert torch.equal(backbone.predict(x, t, condition), expected)
 
 
+@pytest.mark.parametrize("source", ["vae", "."])
+def test_a_vae_of_the_hub_has_its_config_at_the_top_or_in_a_pipelines_folder(sd15, sd21, source, tmp_path, monkeypatch):
+    repository = tmp_path / "models--me--vae"
+    shutil.copytree(sd15 / source, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded = load(sd21, vae="me/vae").vae.state_dict()
+    expected = load(sd15).vae.state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
 def test_conditioning_indexes_and_concatenates():
     condition = Conditioning(a=torch.arange(6).view(3, 2), b=torch.arange(3))
     assert Conditioning.cat([condition] * 2)["b"].tolist() == [0, 1, 2, 0, 1, 2]
