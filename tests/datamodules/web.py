@@ -1,12 +1,15 @@
 """A web server for a folder that can be told to fail, and remembers what it was asked for."""
 
 import contextlib
+import json
 import re
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 
 class Web(ThreadingHTTPServer):
@@ -22,8 +25,8 @@ class Web(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, folder: Path, handler: "type[Handler]") -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.folder = folder
         self.faults: dict[str, list[str]] = {}
         self.ranges = True
@@ -83,9 +86,49 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class HubHandler(Handler):
+    """Makes the folder a data set of the hub, `some/mirror`, as far as `datasets` and its file system ask."""
+
+    COMMIT = "0123456789" * 4
+
+    def answer(self, with_body: bool) -> None:
+        path = unquote(self.path.split("?")[0])
+        if resolved := re.fullmatch(r"/datasets/some/mirror/resolve/\w+/(.*)", path):
+            self.path = f"/{resolved[1]}"
+            super().answer(with_body)
+        elif re.fullmatch(r"/api/datasets/some/mirror(/revision/\w+)?", path):
+            self.tell({"id": "some/mirror", "sha": self.COMMIT, "siblings": []})
+        elif tree := re.fullmatch(r"/api/datasets/some/mirror/tree/\w+/?(.*)", path):
+            files = sorted((self.server.folder / tree[1]).glob("*"))
+            self.tell([self.entry(file) for file in files], 200 if files else 404)
+        else:
+            self.tell({"error": "not found"}, 404)
+
+    def entry(self, file: Path) -> dict[str, Any]:
+        kind = {"type": "directory", "size": 0} if file.is_dir() else {"type": "file", "size": file.stat().st_size}
+        return {**kind, "oid": "0", "path": str(file.relative_to(self.server.folder))}
+
+    def tell(self, content: Any, status: int = 200) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def send_error(self, code: int, *_: object) -> None:
+        self.tell({}, code)
+
+    def end_headers(self) -> None:
+        self.send_header("X-Repo-Commit", self.COMMIT)
+        super().end_headers()
+
+
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Web]:
-    with Web(folder) as web:
+def serving(folder: Path, handler: type[Handler] = Handler) -> Iterator[Web]:
+    with Web(folder, handler) as web:
         thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:
