@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 SHOWN = 4  # names in an error message
+# What torch.load raises on damaged files; its unpickler follows whatever the bytes say.
+DAMAGED = (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
+DAMAGED += (AssertionError, ArithmeticError, struct.error)
 
 
 def check_source(option: str, source: str, needed: str | tuple[str, ...]) -> None:
@@ -103,7 +107,7 @@ def read_weights(option: str, path: Path) -> dict[str, Tensor]:
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, *DAMAGED) as error:
         if code := re.search(r"Unsupported global: GLOBAL \S+", str(error)):
             raise ValueError(
                 f"{option}: {str(path)!r} holds more than tensors, and is not read, because that could run any code "

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import time
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -98,6 +98,8 @@ class RemoteReward(Reward):
                     raise ValueError(
                         f"RemoteReward: {self.url} answered more than {MAX_ANSWER} bytes; expected scores."
                     )
+            if response.length:
+                raise IncompleteRead(bytes(answer), response.length)
             return bytes(answer)
 
 
