@@ -94,7 +94,8 @@ class PairTable:
         """Prefer the other image in some rows, which depend on the seed and on nothing else that takes part."""
         if self.label_0 is None:
             return self
-        turned = (np.random.default_rng([seed, 2]).random(len(self.rows)) < probability)[self.index]
+        drawn = np.random.default_rng([seed, 2]).random(len(self.rows))[self.index]
+        turned = (drawn < probability) & (self.label_0 != 0.5)
         rank_zero_info(f"label_noise: {turned.sum()} of {len(turned)} labels are turned")
         return replace(self, label_0=np.where(turned, 1.0 - self.label_0, self.label_0))
 

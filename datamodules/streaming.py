@@ -7,6 +7,7 @@ an Arrow file that all workers map into memory: any row of it can then be read a
 import hashlib
 import json
 import os
+import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -323,8 +324,9 @@ class ParquetStream:
                 [metadata.row_group(group).column(column) for column in range(metadata.num_columns)]
                 for group in range(metadata.num_row_groups)
             ]
+            inside = tuple(f"{name}." for name in images)
             sizes = [
-                sum(chunk.total_uncompressed_size for chunk in group if chunk.path_in_schema.split(".")[0] in images)
+                sum(chunk.total_uncompressed_size for chunk in group if f"{chunk.path_in_schema}.".startswith(inside))
                 for group in chunks
             ]
             layout = [
@@ -456,14 +458,17 @@ def _write(path: Path, tables: "Iterable[pa.Table]", facts: dict[str, Any]) -> N
     """One Arrow file of tables with the same columns; it appears when it is whole."""
     import pyarrow as pa
 
-    part, writer = path.with_suffix(f".{os.getpid()}.part"), None
-    with pa.OSFile(str(part), "wb") as file:
-        for table in tables:
-            schema = table.schema.with_metadata({"facts": json.dumps(facts)})
-            writer = writer or pa.ipc.new_stream(file, schema)
-            writer.write_table(table.cast(schema))
-        writer.close()
-    os.replace(part, path)
+    part, writer = path.with_suffix(f".{uuid.uuid4().hex}.part"), None
+    try:
+        with pa.OSFile(str(part), "wb") as file:
+            for table in tables:
+                schema = table.schema.with_metadata({"facts": json.dumps(facts)})
+                writer = writer or pa.ipc.new_stream(file, schema)
+                writer.write_table(table.cast(schema))
+            writer.close()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> "tuple[pa.Table, dict[str, Any]]":

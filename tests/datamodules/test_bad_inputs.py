@@ -297,6 +297,8 @@ def test_captions_of_a_folder(tmp_path):
         ({"num_workers": -1}, "num_workers is -1; expected 0 or more"),
         ({"max_train_samples": 0}, "max_train_samples is 0; expected 1 or more"),
         ({"max_val_samples": -1}, "max_val_samples is -1; expected 1 or more"),
+        ({"label_noise": 1.5}, r"label_noise is 1\.5; expected a probability"),
+        ({"label_noise": -0.1}, r"label_noise is -0\.1; expected a probability"),
     ],
 )
 def test_settings_out_of_range(setting, message):

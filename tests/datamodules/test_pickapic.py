@@ -103,6 +103,49 @@ def test_ties_are_dropped_or_won_by_the_first_or_kept(tmp_path):
         assert collate_pairs([samples[ties][0, 0]])["label"].tolist() == [1.0]
 
 
+def test_a_coin_decides_ties_anew_at_every_visit(tmp_path):
+    file = write_parquet(tmp_path / "train.parquet", 40, label_0=[0.5] * 20 + [1.0, 0.0] * 10)
+    samples = opened(file, ties="coin").train_samples()
+
+    def first(key) -> int:
+        """Which image is shown as the preferred one."""
+        row = key[0] if isinstance(key, tuple) else key
+        sample = samples[key]
+        assert sample["label"] == 1.0
+        sides = [torch.equal(sample["views"][0].pixels, view(decode_image(encoded(2 * row + i), 32))) for i in (0, 1)]
+        return sides.index(True)
+
+    tosses = [first((3, position)) for position in range(40)]
+    assert 10 <= sum(tosses) <= 30
+    assert tosses == [first((3, position)) for position in range(40)]
+    assert [first((row, 7)) for row in range(20, 40)] == [0, 1] * 10
+    # In validation a tie is decided once, and not by the seed of the run.
+    shown = [first(row) for row in range(20)]
+    assert 3 <= sum(shown) <= 17
+    samples.seed = 5
+    assert shown == [first(row) for row in range(20)]
+
+
+def test_label_noise_turns_the_same_labels_at_every_visit_and_none_in_validation(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    for split in ("train", "validation"):
+        write_parquet(tmp_path / f"{split}.parquet", 200, label_0=[1.0, 0.0, 0.5, 1.0] * 50)
+    options = {"ties": "keep", "validation_split": "validation", "preferred_only": True}
+    clean, noisy = (opened(tmp_path, label_noise=noise, **options) for noise in (0.0, 0.3))
+    before, after = clean.train_samples().table.label_0, noisy.train_samples().table.label_0
+    turned = before != after
+    assert 0.2 < turned.mean() / 0.75 < 0.4
+    assert set(before[turned] + after[turned]) == {1.0}  # of ties nothing changes
+    assert f"label_noise: {turned.sum()} of 200 labels are turned" in caplog.text
+    assert noisy.val_samples().table.label_0.tolist() == clean.val_samples().table.label_0.tolist()
+    # Which labels are turned depends on the row alone, not on what else takes part.
+    fewer = opened(tmp_path, label_noise=0.3, max_train_samples=20, **options).train_samples().table
+    assert fewer.label_0.tolist() == after[fewer.index].tolist()
+    assert all(opened(tmp_path, label_noise=1.0, **options).train_samples().table.label_0 == 1.0 - before)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    assert (opened(tmp_path, label_noise=0.3, **options).train_samples().table.label_0 != after).any()
+
+
 def test_what_is_left_out_is_counted(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     file = write_parquet(
