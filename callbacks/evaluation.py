@@ -151,7 +151,7 @@ class Evaluation(pl.Callback):
     grid.png (base beside tuned). Prints the table, and the path of the grid last.
 
     Args:
-        rewards: Name -> reward, for example `{match: {class_path: lightning_modules.rewards.toy_oracle.TextMatch}}`.
+        rewards: Name -> reward, for example `{match: {class_path: lightning_modules.rewards.toy_oracle.ToyOracle}}`.
         grid_rows: Number of prompts in the grid: the first ones of the list.
         save_images: Save every image too, as evaluation/images/00000_base.png and 00000_tuned.png.
     """
@@ -167,6 +167,11 @@ class Evaluation(pl.Callback):
         self.grid_rows = grid_rows
         self.save_images = save_images
         self.report: tuple[dict[str, Any], Path] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: AlignmentModule, stage: str) -> None:
+        if stage == "test":
+            for reward in self.rewards.values():
+                reward.load()  # a wrong weight file is told of before the first image is made
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: AlignmentModule) -> None:
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "evaluation"

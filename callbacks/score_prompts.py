@@ -41,6 +41,11 @@ class ScorePrompts(FixedPrompts):
             )
         self.rewards = {name: reward.eval().requires_grad_(False) for name, reward in rewards.items()}
 
+    def setup(self, trainer: pl.Trainer, pl_module: AlignmentModule, stage: str) -> None:
+        if stage == "fit":
+            for reward in self.rewards.values():
+                reward.load()  # a wrong weight file is told of before the first image is made
+
     def start(self, trainer: pl.Trainer, pl_module: AlignmentModule, base_images: Tensor) -> None:
         for reward in self.rewards.values():
             reward.to(pl_module.device)
