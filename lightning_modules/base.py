@@ -240,19 +240,17 @@ class AlignmentModule(pl.LightningModule):
             "seed": self.run_seed,
             "trained": {name: tuple(parameter.shape) for name, parameter in trained.items()},
         }
-        # A checkpoint inside an accumulation window (interrupt, time limit) carries the gradients gathered so far.
+        # A checkpoint inside an accumulation window (interrupt, time limit) carries what was gathered so far.
         if self._fit_is_inside_window():
-            checkpoint["limelight"]["gradients"] = {
-                name: self._mean_gradient(parameter.grad)
-                for name, parameter in trained.items()
-                if parameter.grad is not None
-            }
+            gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+            for kind, tensors in (("gradients", gradients), ("metrics", self._window)):
+                checkpoint["limelight"][kind] = {name: self._rank_mean(tensor) for name, tensor in tensors.items()}
 
-    def _mean_gradient(self, gradient: Tensor) -> Tensor:
-        """The whole gradient, mean over the ranks, on the CPU. FSDP2 has reduced its shards already."""
-        if isinstance(gradient, DTensor):
-            return gradient.full_tensor().cpu()
-        return self.trainer.strategy.reduce(gradient.clone(), reduce_op="mean").cpu()
+    def _rank_mean(self, tensor: Tensor) -> Tensor:
+        """Mean over the ranks, on the CPU. FSDP2 has reduced its shards of gradients already."""
+        if isinstance(tensor, DTensor):
+            return tensor.full_tensor().cpu()
+        return self.trainer.strategy.reduce(tensor.clone(), reduce_op="mean").cpu()
 
     def _fit_is_inside_window(self) -> bool:
         if self._trainer is None or not self.trainer.training:
@@ -285,6 +283,7 @@ class AlignmentModule(pl.LightningModule):
             )
             self.run_seed = about["seed"]
         self._pending_gradients = about.get("gradients", {})
+        self._window = about.get("metrics", {})
 
     def on_train_start(self) -> None:
         self._check_room()
@@ -296,6 +295,7 @@ class AlignmentModule(pl.LightningModule):
                     gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
                 parameter.grad = gradient
         self._pending_gradients = {}
+        self._window = {name: value.to(self.device) for name, value in self._window.items()}
         self.backbone.denoiser.train()
 
     def _check_room(self) -> None:

@@ -171,6 +171,7 @@ def test_checkpoint_inside_an_accumulation_window_resumes_exactly(sd15, tmp_path
     again = make_dpo(sd15)
     resumed.fit(again, datamodule=RandomPairs(), ckpt_path=tmp_path / "inside.ckpt", weights_only=True)
     assert resumed.global_step == 2
+    assert metrics(resumed) == {1: metrics(whole)[1]}
     for name, parameter in again.trained_parameters().items():
         assert torch.equal(parameter, module.trained_parameters()[name]), name
 
