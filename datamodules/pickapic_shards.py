@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from datamodules.pickapic import PICKAPIC_COLUMNS, PickAPicDataModule
-from datamodules.shard_cache import ShardCache, expand_urls, local_path
+from datamodules.shard_cache import expand_urls, local_path
 from datamodules.tar_index import PUBLISHED_MEMBERS, PairMembers
-from datamodules.tar_shards import TarRows, open_tars
+from datamodules.tar_shards import TarCache, TarRows, open_tars
 
 PURPOSE = "Pack preference pairs into WebDataset tars, unpack and verify them, index those of others."
 TAR_COLUMNS = replace(PICKAPIC_COLUMNS, image_0="image_0", image_1="image_1")  # of an index
@@ -73,8 +73,8 @@ class PickAPicShardsDataModule(PickAPicDataModule):
         return self.source if split == "train" else self.validation_source
 
     def _load_rows(self, split: str) -> TarRows:
-        cache = ShardCache(Path(self.cache_dir), self.cache_gb, self.allow_shell_pipes)
-        rows = open_tars(expand_urls(self._source_of(split)), self.members, cache)
+        cache = TarCache(Path(self.cache_dir), self.cache_gb, self.allow_shell_pipes, self.members)
+        rows = open_tars(expand_urls(self._source_of(split)), cache)
         if len(rows) == 0:
             raise ValueError(f"{self._source_of(split)}: there are no samples in these shards.")
         for option, needed in (

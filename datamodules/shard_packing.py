@@ -37,6 +37,7 @@ PACKED_FROM = "packed_from"  # in the JSON: the file and row that a sample comes
 PAIR_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 ROW_GROUP = 100  # samples that `unpack` holds in memory
 SHOWN_PROBLEMS = 20
+PATIENCE = 10.0  # seconds that a command waits for another one to end
 TAKEN = (
     "there is such a shard already, made from other data or with other settings. Give another folder, or another "
     "--name, or delete it."
@@ -113,7 +114,7 @@ class Packing:
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{rows.where(row)}: {error}. A tar holds one caption per sample, and other columns as JSON: say which "
-                "to keep with --keep (`--keep []` for none)."
+                "to keep with --keep (`--keep '[]'` for none)."
             ) from error
         label_0 = float(self.table.label_0[sample])
         return {
@@ -275,7 +276,7 @@ def pack(
     folder.mkdir(parents=True, exist_ok=True)
     tars = [packing.tar(shard) for shard in range(len(packing))]
     try:
-        with FileLock(folder / f".{packing.name}.lock", timeout=10):
+        with FileLock(folder / f".{packing.name}.lock", timeout=PATIENCE):
             for left in folder.glob(f"{packing.name}-?????.tar*.part"):  # by a command that was killed
                 left.unlink()
             for tar in sorted(file.name for file in folder.glob(f"{packing.name}-*.tar")):

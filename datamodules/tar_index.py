@@ -197,6 +197,9 @@ class ShardIndex:
     checksum: str | None = None
     packed: dict[str, Any] | None = None
 
+    def tells_the_same(self, other: "ShardIndex") -> bool:
+        return self.size == other.size and self.table.equals(other.table)
+
     def save(self, path: Path) -> None:
         """Write a parquet file, under another name first."""
         import pyarrow.parquet as pq

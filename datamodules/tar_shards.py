@@ -53,15 +53,48 @@ def fingerprint(url: str) -> str:
     return f"{url} {sorted(persist(shown(url), partial(file_info, url)).items())}"
 
 
-def load_indices(urls: list[str], states: list[str], members: PairMembers, cache: ShardCache) -> list[ShardIndex]:
-    """The index of every shard: kept from the last time, or from beside a remote shard, or made by reading the shard.
+class TarCache(ShardCache):
+    """Indices of tars, and local copies of remote ones, each compared with its index when it arrives.
 
-    The index beside a local shard is only compared with what the shard says.
+    Args:
+        folder: Keeps them.
+        limit_gb: Gigabytes of copies to keep.
+        allow_shell_pipes: Run the commands of `pipe:` addresses.
+        members: What the members of a sample are called.
+    """
+
+    def __init__(self, folder: Path, limit_gb: float, allow_shell_pipes: bool, members: PairMembers) -> None:
+        super().__init__(folder, limit_gb, allow_shell_pipes)
+        self.members = members
+        self.states: dict[str, str] = {}  # of every shard that is asked for: its `fingerprint`
+        (self.folder / "index").mkdir(exist_ok=True)
+
+    def index_file(self, *urls: str) -> Path:
+        """Where the index of shards is kept as long as they do not change."""
+        content = json.dumps([VERSION, asdict(self.members), [self.states[url] for url in urls]])
+        return self.folder / "index" / hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def path(self, shard: str) -> Path:
+        if local_path(shard) is not None:
+            return super().path(shard)
+        return self.copy(self.states[shard], shown(shard), partial(self._fetch, shard))
+
+    def _fetch(self, url: str, path: Path) -> None:
+        self._download(url, path)
+        kept = self.index_file(url)
+        if kept.exists() and not index_tar(path, self.members, shown(url)).tells_the_same(ShardIndex.load(kept)):
+            kept.unlink()
+            raise ValueError(
+                f"{shown(url)}: has other samples than its index says; it, or the index beside it, has been changed. Make "
+                "the index again, with `python -m datamodules.pickapic_shards index`, or delete it, and start again."
+            )
+
+
+def load_indices(urls: list[str], cache: TarCache) -> list[ShardIndex]:
+    """The index of every shard: kept from the last time, or from beside a remote shard, or made by reading the shard.
 
     Args:
         urls: Addresses of the shards.
-        states: Their `fingerprint`s.
-        members: What their members are called.
         cache: Keeps the indices, and the copies of shards that must be downloaded for it.
 
     Raises:
@@ -69,20 +102,19 @@ def load_indices(urls: list[str], states: list[str], members: PairMembers, cache
     """
     from rich.progress import track
 
-    kept = {url: _kept(cache, "parquet", state, members) for url, state in zip(urls, states, strict=True)}
-    unread = [url for url in urls if not kept[url].exists()]
-    beside = dict(zip(unread, in_threads(partial(read_sidecar, members=members), unread), strict=True))
+    unread = [url for url in urls if not cache.index_file(url).exists()]
+    beside = dict(zip(unread, in_threads(partial(read_sidecar, members=cache.members), unread), strict=True))
     for url in unread:
         if beside[url] is not None and local_path(url) is None:
-            beside[url].save(kept[url])
-    unread = [url for url in unread if not kept[url].exists()]
+            beside[url].save(cache.index_file(url))
+    unread = [url for url in unread if not cache.index_file(url).exists()]
     for number, url in enumerate(track(unread, "Indexing shards", disable=len(unread) < 2)):
         cache.prefetch([url for url in unread[number:] if local_path(url) is None])
-        index = index_tar(cache.path(url), members, shown(url))
-        if (other := beside[url]) is not None and not (other.size == index.size and other.table.equals(index.table)):
-            raise ValueError(_unfit(url, "tells of other samples"))
-        index.save(kept[url])
-    return [ShardIndex.load(kept[url]) for url in urls]
+        index = index_tar(cache.path(url), cache.members, shown(url))
+        if beside[url] is not None and not beside[url].tells_the_same(index):
+            raise ValueError(_unfit(url, "says that there are other samples"))
+        index.save(cache.index_file(url))
+    return [ShardIndex.load(cache.index_file(url)) for url in urls]
 
 
 def read_sidecar(url: str, members: PairMembers | None = None) -> ShardIndex | None:
@@ -127,17 +159,11 @@ def _unfit(url: str, what: str) -> str:
     )
 
 
-def _kept(cache: ShardCache, kind: str, state: str | list[str], members: PairMembers) -> Path:
-    content = json.dumps([VERSION, state, asdict(members)])
-    return cache.folder / "index" / f"{hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}.{kind}"
-
-
-def open_tars(urls: list[str], members: PairMembers, cache: ShardCache) -> "TarRows":
+def open_tars(urls: list[str], cache: TarCache) -> "TarRows":
     """All samples of the shards as one table, memory-mapped.
 
     Args:
         urls: The shards.
-        members: What their members are called.
         cache: Keeps what has been read of them.
 
     Raises:
@@ -146,11 +172,10 @@ def open_tars(urls: list[str], members: PairMembers, cache: ShardCache) -> "TarR
     import datasets
     import pyarrow as pa
 
-    states = in_threads(fingerprint, urls)
-    merged = _kept(cache, "arrow", states, members)
-    if not merged.exists():
-        merged.parent.mkdir(exist_ok=True)
-        table, sizes = _merge(load_indices(urls, states, members, cache))
+    cache.states = dict(zip(urls, in_threads(fingerprint, urls), strict=True))
+    merged = cache.index_file(*urls).with_suffix(".arrow")
+    if not all(file.exists() for file in (merged, *map(cache.index_file, urls))):
+        table, sizes = _merge(load_indices(urls, cache))
         schema = table.schema.with_metadata({"sizes": json.dumps(sizes)})
         with replacing(merged) as part, pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             writer.write_table(table)
@@ -185,7 +210,7 @@ class TarRows(Rows):
         sizes: Bytes of each shard.
     """
 
-    cache: ShardCache | None = None
+    cache: TarCache | None = None
     sizes: list[int] = field(default_factory=list)
     _files: dict[int, BinaryIO] = field(default_factory=dict, init=False, repr=False, compare=False)
 

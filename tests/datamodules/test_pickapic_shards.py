@@ -1,5 +1,3 @@
-import functools
-import http.server
 import io
 import itertools
 import json
@@ -8,7 +6,6 @@ import multiprocessing
 import pickle
 import signal
 import tarfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from tests.datamodules import test_pickapic_shards
 from tests.datamodules.files import encoded, write_parquet
 from tests.datamodules.stream import Killed, Recorder, SaveAndDie, quiet_trainer
 from tests.datamodules.tars import sample, samples, write_tar
+from tests.datamodules.web import Web, serving
 from tests.golden_cases import GOLDEN
 
 SHARD = GOLDEN / "diffusion_orpo" / "shard_00000.tar"
@@ -386,56 +384,46 @@ def test_validation_keeps_the_last_partial_batch(tmp_path):
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """Address and folder of a web server, and what it has been asked for."""
-    folder, asked = tmp_path / "served", []
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_request(self, *args: Any) -> None:
-            asked.append(f"{self.command} {self.path}")
-
-        def log_error(self, *args: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}", folder, asked
-        running.shutdown()
+def web(tmp_path: Path) -> Iterator[Web]:
+    (tmp_path / "served").mkdir()
+    with serving(tmp_path / "served") as web:
+        yield web
 
 
-def test_shards_behind_urls_are_the_same_as_here(server, tmp_path):
-    url, folder, asked = server
-    local = unequal(folder, 3, 1, 2)
+def test_shards_behind_urls_are_the_same_as_here(web, tmp_path):
+    local = unequal(web.folder, 3, 1, 2)
     expected = fit(shards(local, tmp_path / "here"), max_epochs=2)
-    data = shards(f"{url}/{{00000..00002}}.tar", tmp_path / "far", num_workers=1)
-    actual = fit(data, max_epochs=2)
+    actual = fit(shards(f"{web.url}/{{00000..00002}}.tar", tmp_path / "far", num_workers=1), max_epochs=2)
     assert actual.seen == expected.seen
     assert torch.equal(actual.weight, expected.weight)
-    shards_asked = [line for line in asked if line.startswith("GET") and line.endswith(".tar")]
-    assert sorted(shards_asked) == [f"GET /0000{i}.tar" for i in range(3)]  # once each, indexing included
-    asked.clear()
-    fit(shards(f"{url}/{{00000..00002}}.tar", tmp_path / "far"), max_epochs=1)
-    assert not [line for line in asked if line.startswith("GET")]
+    assert [web.count(f"0000{i}.tar") for i in range(3)] == [1, 1, 1]  # indexing included
+    fit(shards(f"{web.url}/{{00000..00002}}.tar", tmp_path / "far"), max_epochs=1)
+    assert [web.count(f"0000{i}.tar") for i in range(3)] == [1, 1, 1]
 
 
-def test_with_an_index_beside_it_a_shard_is_not_read_before_training(server, tmp_path):
-    url, folder, asked = server
+def test_with_an_index_beside_it_a_shard_is_not_read_before_training(web, tmp_path):
     source = write_parquet(tmp_path / "train.parquet", 5)
-    pack(str(source), folder, samples_per_shard=2, num_workers=1)
-    data = opened(f"{url}/train-{{00000..00002}}.tar", tmp_path)
-    assert [line for line in asked if line.startswith("GET") and line.endswith(".tar")] == []
-    assert ids(data)[4] == "train-00002.tar:train-00000-0000004"
-    assert "GET /train-00002.tar" in asked
+    pack(str(source), web.folder, samples_per_shard=2, num_workers=1)
+    data = opened(f"{web.url}/train-{{00000..00002}}.tar", tmp_path)
+    assert [web.count(f"train-0000{i}.tar") for i in range(3)] == [0, 0, 0]
+    assert data.train_samples()[4, 0]["id"] == "train-00002.tar:train-00000-0000004"
+    assert [web.count(f"train-0000{i}.tar") for i in range(3)] == [0, 0, 1]
 
 
-def test_a_cache_smaller_than_the_shards(server, tmp_path):
-    url, folder, _ = server
-    local = unequal(folder, *[2] * 6)
-    size = (folder / "00000.tar").stat().st_size
+def test_a_download_that_fails_for_a_moment_changes_nothing(web, tmp_path, monkeypatch):
+    monkeypatch.setattr("datamodules.shard_cache.PAUSES", (0.0, 0.0))
+    local = unequal(web.folder, 3, 2)
+    web.faults |= {"00000.tar": ["500", "cut", ""], "00001.tar": ["cut", ""]}
+    far = fit(shards(f"{web.url}/{{00000..00001}}.tar", tmp_path / "far"), max_epochs=1)
+    assert far.seen == fit(shards(local, tmp_path / "here"), max_epochs=1).seen
+
+
+def test_a_cache_smaller_than_the_shards(web, tmp_path):
+    local = unequal(web.folder, *[2] * 6)
+    size = (web.folder / "00000.tar").stat().st_size
     settings = {"shuffle_shards": 1, "horizontal_flip": True}
     expected = fit(shards(local, tmp_path / "here", **settings), max_epochs=2)
-    data = shards(f"{url}/{{00000..00005}}.tar", tmp_path / "far", cache_gb=2.5 * size / 1e9, **settings)
+    data = shards(f"{web.url}/{{00000..00005}}.tar", tmp_path / "far", cache_gb=2.5 * size / 1e9, **settings)
     assert fit(data, max_epochs=2).seen == expected.seen
     assert sum(file.stat().st_size for file in (tmp_path / "far/cache").glob("*.shard")) <= 2.5 * size
 
