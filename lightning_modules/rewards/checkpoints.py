@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 SHOWN = 4  # names in an error message
 # What torch.load raises on damaged files; its unpickler follows whatever the bytes say.
 DAMAGED = (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
@@ -47,9 +48,6 @@ def is_hub_id(source: str) -> bool:
     """Whether a name may be a repository on the hub rather than a path."""
     path_like = source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1 or "\\" in source
     return bool(source) and not path_like and not Path(source).exists() and Path(source).suffix not in WEIGHT_SUFFIXES
-
-
-WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 def check_file(option: str, path: str) -> None:

@@ -182,6 +182,11 @@ class ImageReward(NetworkReward):
         fit(option, file, named, network)
         find("ImageReward.tokenizer", self.tokenizer_source, ("vocab.txt", "tokenizer.json"))
         self.tokenizer = BertTokenizer.from_pretrained(self.tokenizer_source)
+        if len(self.tokenizer) > sizes["vocabulary"]:
+            raise ValueError(
+                f"ImageReward.tokenizer: {self.tokenizer_source!r} has {len(self.tokenizer)} tokens, but the network "
+                f"knows {sizes['vocabulary']}; expected the tokenizer of bert-base-uncased."
+            )
         return network, Preprocessing(sizes["image_size"], crop_rounding="even")
 
     def score_pixels(self, pixels: Tensor, prompts: list[str]) -> Tensor:

@@ -68,8 +68,9 @@ class NetworkReward(Reward):
         """(B, ...) float32 of what `compute` makes of each chunk of prepared images and their prompts."""
         device = next(self.network.parameters()).device
         chunks = [slice(start, start + self.chunk_size) for start in range(0, len(images), self.chunk_size)]
+        low = self.dtype != torch.float32
         # Set here either way, so that a trainer's precision never changes a score.
-        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(device.type, dtype=self.dtype if low else None, enabled=low):
             return torch.cat([compute(self.prepare(images[c].to(device)), prompts[c]).float() for c in chunks])
 
     def train(self, mode: bool = True) -> "NetworkReward":

@@ -105,9 +105,6 @@ def hf_tokenizer(option: str, source: str, text_config: Any) -> Any:
     from transformers import CLIPTokenizer
 
     find(option, source, TOKENIZER_FILES)
-    if not Path(source).is_dir():
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "merges.txt"):
-            find(option, source, (name,))
     tokenizer = CLIPTokenizer.from_pretrained(source)
     length = text_config.max_position_embeddings
     if len(tokenizer) > text_config.vocab_size:

@@ -151,3 +151,10 @@ def test_other_layouts_are_refused(saved, tmp_path, change, message):
     torch.save(change(weights), tmp_path / "ImageReward.pt")
     with pytest.raises(ValueError, match=message):
         ImageReward(str(tmp_path / "ImageReward.pt"), str(folder / "bert")).load()
+
+
+def test_tokenizer_of_another_model_is_refused(saved, tmp_path):
+    folder, _ = saved
+    (tmp_path / "vocab.txt").write_text("\n".join([*BERT_VOCABULARY, "more"]) + "\n")
+    with pytest.raises(ValueError, match="has 14 tokens, but the network knows 13"):
+        ImageReward(str(folder / "ImageReward.pt"), str(tmp_path)).load()
