@@ -655,16 +655,22 @@ def first_line(error: BaseException) -> str:
 
 def load_component(component_class: Any, path: str, subfolder: str) -> nn.Module:
     """A network from a folder or hub id that holds it, or from the usual subfolder of a pipeline."""
+    return component_class.from_pretrained(
+        path, subfolder=subfolder_of(path, subfolder), use_safetensors=True, dtype=torch.float32
+    )
+
+
+def subfolder_of(path: str, usual: str) -> str | None:
+    """Where below a folder or hub id a network lies: None if its config is at the top, else in the usual subfolder."""
     from huggingface_hub import hf_hub_download
 
+    if Path(path).is_dir():
+        return None if Path(path, "config.json").is_file() else usual
     try:
-        config = Path(path, "config.json") if Path(path).is_dir() else Path(hf_hub_download(path, "config.json"))
+        hf_hub_download(path, "config.json")
     except OSError:  # not there, or not reachable: then reading the network says so
-        config = None
-    nested = config is None or not config.is_file()
-    return component_class.from_pretrained(
-        path, subfolder=subfolder if nested else None, use_safetensors=True, dtype=torch.float32
-    )
+        return usual
+    return None
 
 
 def check_model_path(option: str, path: str, needed: str, subfolder: str = "") -> None:
