@@ -67,6 +67,13 @@ def test_ranks_take_turns_and_together_equal_one_rank_with_twice_the_accumulatio
     assert not set(ranks[0]) & set(ranks[1])
 
 
+def test_the_rows_to_come_are_told_now_and_then():
+    told = []
+    rows = [row for row, _ in StreamSampler(Echo(3000), 2, 1, 1, 0, seed=0, start=lambda: 0, prefetch=told.append)]
+    assert [len(ahead) for ahead in told] == [3000, 1976, 952]
+    assert all(ahead.tolist() == rows[-len(ahead) :] for ahead in told)
+
+
 def test_evaluation_deals_every_row_to_one_rank():
     parts = [list(EvaluationSampler(Echo(7), num_replicas=3, rank=rank)) for rank in range(3)]
     assert parts == [[0, 3, 6], [1, 4], [2, 5]]
