@@ -50,9 +50,8 @@ def persist(name: str, action: Callable[[], T]) -> T:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
             if pause is None:
-                raise OSError(
-                    f"{name}: {len(PAUSES) + 1} attempts failed, the last with: {str(error) or type(error).__name__}"
-                ) from error
+                problem = _without_queries(str(error)) or type(error).__name__
+                raise OSError(f"{name}: {len(PAUSES) + 1} attempts failed, the last with: {problem}") from error
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
@@ -231,9 +230,13 @@ def local_path(url: str) -> Path | None:
 
 
 def shown(url: str) -> str:
-    """An address as errors show it: shortened, and without a query, which may hold a signature."""
-    url = re.sub(r"^(https?://[^?]*)\?.*", r"\1?...", url)
+    """An address as errors show it: shortened, and without what may be a signature."""
+    url = _without_queries(url)
     return repr(url if len(url) <= 200 else url[:200] + "...")
+
+
+def _without_queries(text: str) -> str:
+    return re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1?...", text)
 
 
 def open_filesystem(url: str) -> "tuple[fsspec.AbstractFileSystem, str]":
