@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: config, parquet pairs and a pipeline on disk; killed, resumed, exported, tested."""
 
+import copy
 import csv
 import io
 import json
@@ -14,7 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from lightning_modules.cli.app import run
@@ -25,6 +26,13 @@ METHODS = {
     "dpo": "lightning_modules.diffusion_dpo.DiffusionDPO",
     "orpo": "lightning_modules.diffusion_orpo.DiffusionORPO",
     "sft": "lightning_modules.diffusion_sft.DiffusionSFT",
+}
+BACKBONES = {
+    "StableDiffusionPipeline": {"class_path": "lightning_modules.backbones.sd15.SD15", "init_args": {}},
+    "StableDiffusionXLPipeline": {
+        "class_path": "lightning_modules.backbones.sdxl.SDXL",
+        "init_args": {"size_conditions": "real"},
+    },
 }
 
 
@@ -76,16 +84,21 @@ def write_pairs(file: Path, number: int) -> Path:
 
 
 def config(pretrained: Path, data: Path, method: str = "dpo", lora: bool = True, **settings) -> dict:
-    backbone = {"pretrained": str(pretrained), "num_inference_steps": 2, "chunk_size": 4}
+    backbone = copy.deepcopy(BACKBONES[json.loads((pretrained / "model_index.json").read_text())["_class_name"]])
+    backbone["init_args"] |= {"pretrained": str(pretrained), "num_inference_steps": 2, "chunk_size": 4}
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
     if lora:
-        backbone["lora"] = {"r": 2, "lora_alpha": 2, "init_lora_weights": "gaussian"}
+        backbone["init_args"]["lora"] = {"r": 2, "lora_alpha": 2, "init_lora_weights": "gaussian"}
+    elif "sdxl" in backbone["class_path"]:
+        optimizer = yaml.safe_load((ROOT / "cli_configs/dpo/sdxl.yaml").read_text())["model"]["init_args"]["optimizer"]
+        optimizer["init_args"]["lr"] = 1e-3
     return {
         "seed_everything": 5,
         "model": {
             "class_path": METHODS[method],
             "init_args": {
-                "backbone": {"class_path": "lightning_modules.backbones.sd15.SD15", "init_args": backbone},
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+                "backbone": backbone,
+                "optimizer": optimizer,
                 "warmup_steps": 2,
             },
         },
@@ -141,7 +154,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_pairs(tmp_path / "data" / "train.parquet", 17)  # 14 without the ties
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21"])
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lora", [True, False])
 def test_fit_saves_resumes_and_exports(method, family, lora, data, tmp_path, request):
@@ -160,17 +173,16 @@ def test_fit_saves_resumes_and_exports(method, family, lora, data, tmp_path, req
     assert metrics(again) == {step: row for step, row in metrics(whole).items() if step >= 2}
     assert len(metrics(again)) == 2
 
-    source = StableDiffusionPipeline.from_pretrained(
-        pretrained if lora else again / "export", safety_checker=None, requires_safety_checker=False
-    )
+    source = DiffusionPipeline.from_pretrained(pretrained if lora else again / "export")
     if lora:
-        source.load_lora_weights(again / "export")
+        source.load_lora_weights(again / "export", weight_name="pytorch_lora_weights.safetensors")
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     backbone = resumed.model.backbone
     condition = backbone.encode_prompts(["a ring"])
     with torch.no_grad():
         ours = backbone.predict(x, t, condition)
-        theirs = source.unet(x, t, encoder_hidden_states=condition["prompt_embeds"]).sample
+        backbone.pipeline.unet = source.unet
+        theirs = backbone.predict(x, t, condition)
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
