@@ -142,23 +142,36 @@ class Cache:
         }
         prompts = self._read_index("prompts.json", self.header["prompts"]["index"])
         self.prompts = {prompt: number for number, prompt in enumerate(prompts)}
-        per_shard = self.header["rows_per_shard"]
-        self.shards = {
-            kind: list(shards_of(kind, number, per_shard))
-            for kind, number in [
-                *((f"images-{split}", about["rows"]) for split, about in self.header["splits"].items()),
-                ("prompts", len(prompts)),
-            ]
+        numbers = {f"images-{split}": about["rows"] for split, about in self.header["splits"].items()}
+        parts = {
+            kind: shards_of(kind, number, self.header["rows_per_shard"])
+            for kind, number in [*numbers.items(), ("prompts", len(prompts))]
         }
+        self.shards = {kind: list(shards) for kind, shards in parts.items()}
         self._handles: dict[str, Any] = {}
-        names = [name for shards in self.shards.values() for name in shards]
+        names = [name for shards in parts.values() for name in shards]
         if missing := [name for name in names if not (self.folder / name).is_file()]:
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(names)} shards of the cache {self.folder} are missing, first "
                 f"{missing[0]}: `python main.py cache` with the same config makes those that are."
             )
-        for name in names:
-            self._shard(name)
+        for kind, shards in parts.items():
+            for name, part in shards.items():
+                self._check_shapes(name, self._shapes(kind, len(part)))
+
+    def _shapes(self, kind: str, rows: int) -> dict[str, list[int]]:
+        """Name -> shape of the tensors of a shard."""
+        if kind == "prompts":
+            return {name: [rows, *shape] for name, shape in self.header["embeddings"].items()} | {"checksums": [rows]}
+        images = 2 if self.header["views"]["images"] == "pairs" else 1
+        every = [rows, images, 2 if self.header["splits"][kind.removeprefix("images-")]["flips"] else 1]
+        return {"moments": [*every, *self.header["moments"]], "about": [*every, 5]}
+
+    def _check_shapes(self, name: str, expected: dict[str, list[int]]) -> None:
+        shard = self._shard(name)
+        found = {key: shard.get_slice(key).get_shape() for key in shard.keys()}  # noqa: SIM118
+        if found != expected:
+            raise self._damaged(name, f"it holds {found}, expected {expected}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
