@@ -184,6 +184,7 @@ def check_export(backbone: Backbone, folder: Path, call: DenoiserCall, dtype: to
         compare(file, run(pipeline), output, tolerance, share, base_output)
         output_wide = run(pipeline, autocast=False) if merged.exists() else None
         pipeline.unload_lora_weights()
+    del pipeline
     if merged.exists():
         whole = type(backbone.pipeline).from_pretrained(merged, dtype=torch.float32)
         compare(merged, run(whole, autocast=False), output_wide, TOLERANCE + rounding, FOLDING, base_wide)

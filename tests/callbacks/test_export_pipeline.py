@@ -1,5 +1,7 @@
 """ExportPipeline: what it writes opens in diffusers and is the trained model; a bad export never takes its place."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from callbacks.ema import EMA
@@ -153,7 +156,7 @@ def test_an_export_does_not_say_where_it_was_made(sd15, lora, tmp_path):
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_mixed_precision_exports_too(sd15, tmp_path, lora):
-    trainer = make_trainer(tmp_path, [ExportPipeline()], max_steps=2, precision="bf16-mixed")
+    trainer = make_trainer(tmp_path, [ExportPipeline(merged=lora)], max_steps=2, precision="bf16-mixed")
     module = make_module(sd15, lora, lr=0.1)
     trainer.fit(module, datamodule=Data())
     with torch.autocast("cpu", torch.bfloat16):
@@ -208,13 +211,31 @@ def trained(sd15, tmp_path):
     return module, Path(trainer.log_dir) / "export"
 
 
-def test_a_lost_adapter_is_noticed(trained):
+@pytest.mark.parametrize("file", [LORA, "run.safetensors"])
+def test_a_lost_adapter_is_noticed(trained, file):
     module, export = trained
-    tensors = load_file(export / LORA)
-    name = next(name for name in tensors if "lora.up" in name)
+    with safe_open(export / file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(export / file)
+    name = next(name for name in tensors if re.search("lora.up", name))
     tensors[name] = torch.zeros_like(tensors[name])
-    save_file(tensors, export / LORA)
-    with pytest.raises(RuntimeError, match="is not the trained model: .* differs by .* at most 1e-05 is rounding"):
+    save_file(tensors, export / file, metadata)
+    with pytest.raises(RuntimeError, match=f"{file}' is not the trained model: .* differs by .* is rounding"):
+        check_export(module.backbone, export, denoiser_call(module.backbone))
+
+
+def test_a_lost_alpha_is_noticed(trained):
+    module, export = trained
+    tensors = load_file(export / "run.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "alpha" not in name}, export / "run.safetensors")
+    with pytest.raises(RuntimeError, match="run.safetensors' is not the trained model"):
+        check_export(module.backbone, export, denoiser_call(module.backbone))
+
+
+def test_a_merged_pipeline_without_the_lora_is_noticed(trained, sd15):
+    module, export = trained
+    shutil.copytree(sd15, export / "merged")
+    with pytest.raises(RuntimeError, match="merged' is not the trained model"):
         check_export(module.backbone, export, denoiser_call(module.backbone))
 
 

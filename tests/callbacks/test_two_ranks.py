@@ -38,6 +38,7 @@ def test_two_ranks_leave_what_one_leaves(sd15, tmp_path, one, strategy):
     two = run(sd15, tmp_path, strategy)
     assert files(one) == files(two)
     assert {"samples/step_000002.png", "samples/step_000003.png", "evaluation/grid.png"} < set(files(one))
+    assert {"export/run.safetensors", "export/merged/model_index.json", "hub/README.md"} < set(files(one))
 
     for name in files(one):
         if name.endswith(".png"):

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from callbacks.evaluation import Evaluation
 from callbacks.export_pipeline import ExportPipeline
+from callbacks.push_to_hub import PushToHub
 from callbacks.sample_images import SampleImages
 from callbacks.score_prompts import ScorePrompts
 from callbacks.write_images import WriteImages
@@ -21,7 +22,8 @@ def main(pipeline: Path, folder: Path, strategy: str) -> None:
     callbacks = [
         SampleImages(PROMPTS, 2),
         ScorePrompts(rewards, PROMPTS, 2),
-        ExportPipeline(2),
+        ExportPipeline(2, merged=True),
+        PushToHub("me/model"),
         Evaluation(rewards, save_images=True),
         WriteImages(),
     ]
