@@ -448,18 +448,20 @@ class PickAPicDataModule(ResumableDataModule):
             if split in splits:  # trains and validates on one split
                 index, flips = np.union1d(index, splits[split].table.index), splits[split].horizontal_flip
             chosen = np.isin(table.index, index)
+            preferred_only = views["images"] == "preferred"
             label_0 = table.label_0
             if label_0 is not None:  # both images in stored order, so that another policy for ties finds them
-                label_0 = label_0[chosen] if self.preferred_only else np.ones(chosen.sum())
+                label_0 = label_0[chosen] if preferred_only else np.ones(chosen.sum())
             table = replace(table, index=table.index[chosen], label_0=label_0)
-            joint = self.augmentation == "joint"
-            splits[split] = Samples(table, 0, self.resolution, False, flips, joint, self.preferred_only)
+            joint = views["augmentation"] == "joint"
+            splits[split] = Samples(table, 0, self.resolution, False, flips, joint, preferred_only)
         return splits, views
 
     def _views(self, table: PairTable) -> dict[str, Any]:
-        """In which form images are shown to the encoder."""
-        images = "single" if table.label_0 is None else "preferred" if self.preferred_only else "pairs"
-        augmentation = self.augmentation if images == "pairs" else "separate"
+        """Which images are shown to the encoder, and in which form."""
+        known = self.preferred_only and self.ties != "coin" and not self.label_noise
+        images = "single" if table.label_0 is None else "preferred" if known else "pairs"
+        augmentation = "separate" if self.preferred_only else self.augmentation
         return {"resolution": self.resolution, "crop": "centre", "augmentation": augmentation, "images": images}
 
     def _open_cache(self) -> None:

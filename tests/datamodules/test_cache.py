@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules import cache_filling
 from datamodules.cache import Cache, changes
+from datamodules.pickapic_shards import PickAPicShardsDataModule
 from datamodules.toy_world.data import ToyPairs
 from lightning_modules.backbones.sd15 import SD15
 from lightning_modules.backbones.sdxl import SDXL
@@ -21,6 +22,8 @@ from lightning_modules.cli.caching import CachingTrainer
 from lightning_modules.diffusion_sft import DiffusionSFT
 from tests.datamodules.caches import QUIET, dpo, fill, pairs, train
 from tests.datamodules.files import encoded, pair_columns, write_jsonl_pairs, write_pair_folder, write_parquet
+from tests.datamodules.tars import samples as tar_samples
+from tests.datamodules.tars import write_tar
 from tests.methods.test_diffusion_dpo_cost import build
 from tests.pairs import RandomPairs
 from tests.real_size import save_sd15_configs
@@ -116,7 +119,11 @@ CASES = {
     "no flips": {"horizontal_flip": False},
     "ties kept": {"ties": "keep"},
     "ties won by the first": {"ties": "first"},
+    "ties tossed at every visit": {"ties": "coin"},
+    "turned labels": {"label_noise": 0.5},
     "preferred only": {"preferred_only": True},
+    "preferred only, joint, ties tossed": {"preferred_only": True, "ties": "coin", "augmentation": "joint"},
+    "preferred only, turned labels": {"preferred_only": True, "label_noise": 0.5},
     "workers": {"num_workers": 2},
     "fewer": {"max_train_samples": 4},
 }
@@ -125,9 +132,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_batches_are_those_of_pixels(case, sd15, source, tmp_path):
     folder = fill(tmp_path / "cache", dpo(sd15), pairs(source, **CASES[case]))
-    model = DiffusionSFT(SD15(str(sd15))) if case == "preferred only" else dpo(sd15)
-    pixels = train(model, pairs(source, **CASES[case]), max_steps=6)
-    model = DiffusionSFT(SD15(str(sd15))) if case == "preferred only" else dpo(sd15)
+    make = (lambda: DiffusionSFT(SD15(str(sd15)))) if "preferred" in case else (lambda: dpo(sd15))
+    pixels = train(make(), pairs(source, **CASES[case]), max_steps=6)
+    model = make()
     cached = train(model, pairs(source, **CASES[case], cache=str(folder)), max_steps=6)
     for expected, batch in zip(pixels.batches, cached.batches, strict=True):
         assert set(batch) == set(expected) - {"images"} | {"moments", "embeddings"}
@@ -162,7 +169,7 @@ def test_each_of_several_captions_is_drawn_as_with_pixels(sd15, tmp_path):
     assert len(Cache(folder).prompts) == 1 + 6 * 2 + 1  # the empty one; six rows are no ties
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "folder", "single images", "two folders", "toy"])
+@pytest.mark.parametrize("kind", ["jsonl", "folder", "single images", "two folders", "tars", "streamed", "toy"])
 def test_other_sources_train_alike(kind, sd15, tmp_path):
     settings = {}
     if kind == "jsonl":
@@ -182,11 +189,18 @@ def test_other_sources_train_alike(kind, sd15, tmp_path):
         for part, seed in (("en", 0), ("fr", 50)):
             images = {f"jpg_{i}": [encoded(seed + 2 * row + i) for row in range(6)] for i in (0, 1)}
             write_parquet(tmp_path / "data/train" / part / "data.parquet", 6, **images)
+    elif kind == "streamed":
+        for part in (0, 1):
+            write_parquet(tmp_path / f"data/train-{part}.parquet", 6)
+        settings |= {"source": tmp_path / "data", "streaming": True, "cache_dir": str(tmp_path / "streams")}
 
     def data(**more):
         if kind == "toy":
             size = {"num_pairs": 8, "num_val_pairs": 2, "batch_size": 2}
             return ToyPairs(source="world", preference="both", folder=str(tmp_path), **size, **more)
+        if kind == "tars":
+            tars = [str(write_tar(tmp_path / f"{i}.tar", tar_samples(5, 5 * i))) for i in (0, 1)]
+            return PickAPicShardsDataModule(tars, cache_dir=str(tmp_path / "tars"), resolution=16, batch_size=2, **more)
         return pairs(**settings, **more)
 
     def model():
