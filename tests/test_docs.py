@@ -16,6 +16,7 @@ from lightning_modules.cli.parser import LimelightParser
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DPO_PAGE = ROOT / "cli_configs/dpo/README.md"
+ORPO_PAGE = ROOT / "cli_configs/orpo/README.md"
 PAGES = [README, *sorted(ROOT.glob("cli_configs/*/README.md"))]
 RECIPES = sorted(ROOT.glob("cli_configs/**/*.yaml"))
 ROOMS = ("lightning_modules", "datamodules", "callbacks", "cli_configs")
@@ -36,6 +37,17 @@ rank loss_type lr_num_cycles lr_power use_8bit_adam dataset_split_name vae_encod
 validation_steps checkpoints_total_limit enable_xformers_memory_efficient_attention prior_generation_precision
 push_to_hub hub_token tracker_name is_turbo
 """
+# Every argument of the published ORPO script, and what those of the shard script have beyond them.
+PUBLISHED_ORPO = """
+pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant cache_dir dataset_name
+dataset_split_name max_train_samples run_validation validation_steps output_dir seed resolution vae_encode_batch_size
+no_hflip random_crop train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit
+resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing beta_orpo learning_rate scale_lr lr_scheduler
+lr_warmup_steps lr_num_cycles lr_power dataloader_num_workers use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay
+adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id logging_dir report_to allow_tf32 mixed_precision
+prior_generation_precision local_rank enable_xformers_memory_efficient_attention rank tracker_name
+"""
+PUBLISHED_SHARDS = "dataset_path num_train_examples per_gpu_batch_size global_batch_size"
 
 
 class Parsed(Exception):
@@ -116,7 +128,8 @@ def test_commands_and_options_of_a_page_are_accepted(page):
         parse(arguments)
     for option in re.findall(r"`(--(?:model|data|trainer)\.[^`]+)`", page.read_text()):
         if " " in option:
-            parse(f"fit --config cli_configs/dpo/sd15.yaml {option}")
+            recipe = "orpo/sdxl_lora" if page == ORPO_PAGE else "dpo/sd15"
+            parse(f"fit --config cli_configs/{recipe}.yaml {option}")
 
 
 def test_the_readme_names_the_test_command_that_ci_runs():
@@ -167,10 +180,10 @@ def test_the_readmes_tree_holds_every_file():
 # ---------------------------------------------------------------------------------------------------- the option map
 
 
-def option_maps() -> tuple[list[list[str]], list[list[str]]]:
-    section = DPO_PAGE.read_text().split("## Every option of the published script")[1].split("\n## ")[0]
-    full, lora = section.split("### Further options of the LoRA examples")
-    return table(full), table(lora)
+def option_maps(page: Path) -> list[list[list[str]]]:
+    """The tables of a page's option map: of the first script, and what another one has beyond it."""
+    section = page.read_text().split("## Every option of the published script")[1].split("\n## ")[0]
+    return [table(part) for part in section.split("\n### Further options")]
 
 
 def table(section: str, columns: int = 5) -> list[list[str]]:
@@ -203,15 +216,27 @@ def value_of(cell: str) -> Any:
 
 
 def test_the_map_holds_every_published_argument():
-    full, lora = option_maps()
+    full, lora = option_maps(DPO_PAGE)
     assert sorted(row[0] for row in full) == sorted(f"`--{argument}`" for argument in PUBLISHED.split())
     assert {f"`--{argument}`" for argument in PUBLISHED_LORA.split()} <= {row[0] for row in lora}
+    full, shards = option_maps(ORPO_PAGE)
+    options = [row[0] for row in full if row[0].startswith("`")]
+    assert sorted(options) == sorted(f"`--{argument}`" for argument in PUBLISHED_ORPO.split())
+    assert {f"`--{argument}`" for argument in PUBLISHED_SHARDS.split()} <= {row[0] for row in shards}
 
 
-@pytest.mark.parametrize(("which", "recipe"), [(0, "cli_configs/dpo/sd15.yaml"), (1, "cli_configs/dpo/sd15_lora.yaml")])
-def test_the_map_names_options_that_exist_with_the_recipes_values(which, recipe):
-    config = parse(f"fit --config {recipe}").fit
-    for there, _, here, value, why in option_maps()[which]:
+@pytest.mark.parametrize(
+    ("page", "which", "recipe"),
+    [
+        (DPO_PAGE, 0, "dpo/sd15"),
+        (DPO_PAGE, 1, "dpo/sd15_lora"),
+        (ORPO_PAGE, 0, "orpo/sdxl_lora"),
+        (ORPO_PAGE, 1, "orpo/sdxl_lora_shards"),
+    ],
+)
+def test_the_map_names_options_that_exist_with_the_recipes_values(page, which, recipe):
+    config = parse(f"fit --config cli_configs/{recipe}.yaml").fit
+    for there, _, here, value, why in option_maps(page)[which]:
         for option in re.findall(r"`((?:model|data|trainer)(?:\.\w+)+|[A-Z]\w+\.\w+)`", f"{here} {why}"):
             look_up(config, option)
         if here == "none":
@@ -225,9 +250,12 @@ def test_the_map_names_options_that_exist_with_the_recipes_values(which, recipe)
             assert found == value_of(value), there
 
 
-def test_every_switch_that_the_table_of_traps_names_exists():
-    config = parse("fit --config cli_configs/dpo/sd15.yaml").fit
-    section = DPO_PAGE.read_text().split("## Traps of the published code")[1].split("\n## ")[0]
+@pytest.mark.parametrize(
+    ("page", "recipe"), [(DPO_PAGE, "dpo/sd15"), (ORPO_PAGE, "orpo/sdxl_lora"), (ORPO_PAGE, "orpo/sdxl_lora_shards")]
+)
+def test_every_switch_that_the_table_of_traps_names_exists(page, recipe):
+    config = parse(f"fit --config cli_configs/{recipe}.yaml").fit
+    section = page.read_text().split("## Traps of the published code")[1].split("\n## ")[0]
     switches = re.findall(r"`([\w.]+)`", " ".join(row[2] for row in table(section, 4)))
     assert switches
     for switch in switches:

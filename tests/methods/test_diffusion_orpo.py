@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig
 
 from lightning_modules.backbones.sd15 import SD15
+from lightning_modules.backbones.sdxl import SDXL
 from lightning_modules.diffusion_orpo import DiffusionORPO
 from tests.pairs import RandomPairs
 
@@ -146,6 +147,16 @@ def test_a_pair_of_weight_zero_teaches_nothing(sd15):
     loss.backward()
     assert loss.item() == 0
     assert all(not parameter.grad.any() for parameter in module.trained_parameters().values())
+
+
+@pytest.mark.parametrize("family", [SD15, SDXL])
+def test_a_bf16_run_can_draw_its_images(family, request):
+    """The published script stops at its last images: bfloat16 latents meet a float32 VAE."""
+    backbone = family(str(request.getfixturevalue(family.__name__.lower())), num_inference_steps=2)
+    backbone.load(torch.bfloat16)
+    images = backbone.generate(["a ring", "a cross"], seeds=[0, 0])
+    assert images.shape == (2, 3, 16, 16)
+    assert torch.isfinite(images).all()
 
 
 @pytest.mark.parametrize(
