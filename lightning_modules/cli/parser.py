@@ -41,6 +41,11 @@ class Parser(LightningArgumentParser):
         self.reading.pop()
         return config
 
+    def parse_args(self, args: Any = None, **kwargs: Any) -> Any:
+        if not self.exit_on_error:  # of a nested class: jsonargparse has read `null` and hands it down as "None"
+            args = [re.sub(r"^(--[\w.]+)=None$", r"\1=null", word) for word in args]
+        return super().parse_args(args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: the outer one reports
             super().error(message, ex)

@@ -30,6 +30,8 @@ from lightning_modules.cli.quick import REAL_MODULES, ROOMS, cache_file, is_real
 LARGEST_FAMILY = 300  # nn.Module has thousands of subclasses: they may be named, but only the real parser lists them
 KEPT_FILES = 10  # of earlier versions of the sources
 COMMAND_METHODS = ("fit", "validate", "test", "predict", "cache")
+# Classes that recipes name and that nothing of ours imports at its top.
+NAMED_IN_RECIPES = ("transformers.Adafactor",)
 
 
 class NotRecordableError(Exception):
@@ -60,6 +62,8 @@ def save_schema() -> None:
     file = cache_file()
     if file.exists():
         return
+    for module, name in (path.rsplit(".", 1) for path in NAMED_IN_RECIPES):
+        getattr(importlib.import_module(module), name)
     schema = pickle.dumps(Recorder().record())
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cli_configs").
 OVERLAYS = [path for path in CONFIGS if "/trainer/" in path]
 RECIPES = [path for path in CONFIGS if "/trainer/" not in path]
 DPO = ["fit", "--config", "cli_configs/dpo/sd15_lora.yaml"]
+SDXL = ["fit", "--config", "cli_configs/dpo/sdxl.yaml"]
 
 HELP = [["--help"], ["fit", "--help"], ["test", "--help"], ["cache", "--help"], [*DPO, "--model.help=DiffusionDPO"]]
 HELP += [[*DPO, "--trainer.callbacks.help=callbacks.ema.EMA"], [*DPO, "--trainer.strategy.help=DDPStrategy"]]
@@ -28,6 +29,7 @@ PRINTED += [
     [*DPO, "--model.lr_scheduler=CosineAnnealingLR", "--model.lr_scheduler.T_max=9", "--print_config"],
     [*DPO, "--trainer.logger=WandbLogger", "--trainer.logger.offline=true", "--print_config"],
     [*DPO, "--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs/tb", "--print_config"],
+    [*DPO, "--model.backbone.vae=null", "--data.max_train_samples", "null", "--print_config"],
     [*DPO, "--model.backbone.lora.r=16", "--name=mine", "--evaluate=true", "--print_config"],
     ["test", *DPO[1:], "--config", "cli_configs/trainer/cpu_smoke.yaml", "--print_config"],
     ["predict", *DPO[1:], "--print_config"],
@@ -56,6 +58,9 @@ MISTAKES = [
     ([*DPO, "--model.backbone.lora.rr=3"], ["'rr' is not accepted", "Did you mean 'r'?"]),
     ([*DPO, "--model.optimizer.lr=fast"], ["model.init_args.optimizer.init_args.lr: expected float", "got fast"]),
     ([*DPO, "--trainer.precision=bf17"], ["trainer.precision", "bf16-mixed", "bf17"]),
+    ([*SDXL, "--model.backbone.timesteps=fast"], ["timesteps: expected one of ['auto', 'uniform',", "got fast"]),
+    ([*SDXL, "--model.backbone.size_condition=real"], ["'size_condition' is not", "Did you mean 'size_conditions'?"]),
+    ([*SDXL, "--model.optimizer.scale=true"], ["'scale' is not accepted", "Did you mean 'scale_parameter'?"]),
     ([*DPO, "--ckpt_path=runs/nope.ckpt"], ["ckpt_path", "runs/nope.ckpt", "does not exist"]),
     (["cache", *DPO[1:], "--dtype=float8"], ["dtype", "float16", "got float8"]),
     (["cache", *DPO[1:], "--rows_per_shard=few"], ["rows_per_shard", "expected int"]),
