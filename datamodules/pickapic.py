@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.batches import ImageBatch, PairBatch, PromptBatch
 from datamodules.cache import Cache, CachedRows, Dtype, collate_cached
@@ -182,7 +182,7 @@ def collate_images(samples: list[dict[str, Any]]) -> ImageBatch:
     """The first image of every sample, then the second of every sample if they are pairs."""
     views: list[View] = [view for views in zip(*(sample["views"] for sample in samples), strict=True) for view in views]
     return {
-        "images": torch.stack([view.pixels for view in views]),
+        "images": default_collate([view.pixels for view in views]),  # in a worker, right into shared memory
         "prompts": [sample["prompt"] for sample in samples],
         "original_sizes": torch.tensor([view.original_size for view in views]),
         "crops": torch.tensor([view.crop for view in views]),

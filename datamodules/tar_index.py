@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import secrets
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -171,7 +172,7 @@ class BadSampleError(ValueError):
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to; the file gets its own name when it is complete."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
         os.replace(part, path)
