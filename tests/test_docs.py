@@ -250,13 +250,37 @@ def test_the_map_names_options_that_exist_with_the_recipes_values(page, which, r
             assert found == value_of(value), there
 
 
-@pytest.mark.parametrize(
-    ("page", "recipe"), [(DPO_PAGE, "dpo/sd15"), (ORPO_PAGE, "orpo/sdxl_lora"), (ORPO_PAGE, "orpo/sdxl_lora_shards")]
-)
-def test_every_switch_that_the_table_of_traps_names_exists(page, recipe):
+@pytest.mark.parametrize(("which", "recipe"), [(0, "dpo/sdxl"), (1, "dpo/sdxl_turbo")])
+def test_the_map_of_sdxl_has_the_recipes_values(which, recipe):
     config = parse(f"fit --config cli_configs/{recipe}.yaml").fit
+    for there, _, here, values, _ in table(DPO_PAGE.read_text().split("\n## SDXL and SDXL-Turbo")[1].split("\n## ")[0]):
+        if here == "none":
+            assert values == "", there
+            continue
+        found, value = look_up(config, here.strip("`")), values.split("; ")[which]
+        assert found.class_path.endswith(value) if isinstance(found, Namespace) else found == value_of(value), there
+
+
+@pytest.mark.parametrize(
+    ("page", "recipes"),
+    [
+        (DPO_PAGE, ["dpo/sd15", "dpo/sdxl"]),
+        (ORPO_PAGE, ["orpo/sdxl_lora"]),
+        (ORPO_PAGE, ["orpo/sdxl_lora_shards"]),
+    ],
+)
+def test_every_switch_that_the_table_of_traps_names_exists(page, recipes):
+    configs = [parse(f"fit --config cli_configs/{recipe}.yaml").fit for recipe in recipes]
     section = page.read_text().split("## Traps of the published code")[1].split("\n## ")[0]
     switches = re.findall(r"`([\w.]+)`", " ".join(row[2] for row in table(section, 4)))
     assert switches
     for switch in switches:
-        look_up(config, switch)
+        assert any(is_option(config, switch) for config in configs), switch
+
+
+def is_option(config: Namespace, path: str) -> bool:
+    try:
+        look_up(config, path)
+    except (KeyError, StopIteration):
+        return False
+    return True
