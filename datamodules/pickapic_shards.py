@@ -69,12 +69,16 @@ class PickAPicShardsDataModule(PickAPicDataModule):
         self.members = members
         self.allow_shell_pipes = allow_shell_pipes
 
-    def _source_of(self, split: str) -> str | list[str]:
+    def _shards_of(self, split: str) -> str | list[str]:
         return self.source if split == "train" else self.validation_source
+
+    def _source_of(self, split: str) -> str:
+        shards = self._shards_of(split)
+        return shards if isinstance(shards, str) or len(shards) < 2 else f"{shards[0]} and {len(shards) - 1} further"
 
     def _load_rows(self, split: str) -> TarRows:
         cache = TarCache(Path(self.cache_dir), self.cache_gb, self.allow_shell_pipes, self.members)
-        rows = open_tars(expand_urls(self._source_of(split)), cache)
+        rows = open_tars(expand_urls(self._shards_of(split)), cache)
         if len(rows) == 0:
             raise ValueError(f"{self._source_of(split)}: there are no samples in these shards.")
         for option, needed in (

@@ -372,12 +372,12 @@ def test_two_ranks_equal_one_with_twice_the_accumulation_and_resume(num_workers,
 
 def test_validation_keeps_the_last_partial_batch(tmp_path):
     train, held_out = unequal(tmp_path / "a", 3), unequal(tmp_path / "b", 2, 3)
-    data = shards(train, tmp_path, validation_source=held_out, batch_size=2)
+    data = shards(train, tmp_path, validation_source=[held_out], batch_size=2)
     module = Batches()
     quiet_trainer(limit_val_batches=1.0).validate(module, data, verbose=False)
     names = [f"00000.tar:0-{i}" for i in range(2)] + [f"00001.tar:1-{i}" for i in range(3)]
     assert module.validated == [names[:2], names[2:4], names[4:]]
-    assert "b/{00000..00001}.tar, split 'validation': 5 of 5 rows" in data._tables["validation"].summary
+    assert "b/{00000..00001}.tar'], split 'validation': 5 of 5 rows" in data._tables["validation"].summary
 
 
 # ------------------------------------------------------------------------------------------------------ shards far away
