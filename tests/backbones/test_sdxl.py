@@ -385,6 +385,19 @@ def test_pipelines_of_the_other_family_are_refused(sd15, sdxl):
         SD15(str(sdxl))
 
 
+def test_a_hub_pipeline_of_another_family_is_refused_before_its_download(sd15, monkeypatch):
+    asked = []
+
+    def download(repository, file, revision=None):
+        asked.append((repository, file, revision))
+        return str(sd15 / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(ValueError, match="'owner/model' is a StableDiffusionPipeline with text_encoder, unet; SDXL"):
+        SDXL("owner/model", revision="v2").load()
+    assert asked == [("owner/model", "model_index.json", "v2")]
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{"])
 def test_a_damaged_index_is_refused(sdxl, tmp_path, content):
     folder = edited(sdxl, tmp_path / "damaged", "model_index.json")
