@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save
@@ -126,11 +126,15 @@ class CacheFilling(LightningDataModule):
             raise ValueError(f"rows_per_shard is {rows_per_shard}; expected 1 or more.")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"The cache {folder} is a file; expected a folder, which need not exist yet.")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / HEADER).is_file():
-            found = ", ".join(sorted(file.name for file in folder.iterdir())[:5])
-            raise ValueError(
-                f"The folder {folder} holds other things ({found}) and no cache. Give an empty folder or a new one."
-            )
+        if folder.is_dir() and not (folder / HEADER).is_file():
+            # What a command that is killed before it has written the header leaves behind.
+            known = (".*.part", "rows-*.json", "prompts.json")
+            foreign = [file.name for file in folder.iterdir() if not any(map(file.match, known))]
+            if foreign:
+                raise ValueError(
+                    f"The folder {folder} holds other things ({', '.join(sorted(foreign)[:5])}) and no cache. Give an "
+                    "empty folder or a new one."
+                )
         self.data = data
         self.folder = folder
         self.dtype = dtype
@@ -138,12 +142,7 @@ class CacheFilling(LightningDataModule):
         self.answers: list[dict[str, Tensor]] = []
 
     def prepare_data(self) -> None:
-        self.data.trainer = self.trainer
-        self.trainer.state.fn = TrainerFn.FITTING  # the data module prepares what training would read
-        try:
-            self.data.prepare_data()
-        finally:
-            self.trainer.state.fn = TrainerFn.PREDICTING
+        prepare_as_for_training(self.data, self.trainer)
 
     def setup(self, stage: str) -> None:
         """Look at the rows; compare with what is in the folder as far as that is possible without the networks."""
@@ -310,6 +309,16 @@ class CacheFilling(LightningDataModule):
                     f"{self.folder / job.shard} could not be written: {error.strerror or error}. Finished shards are "
                     "kept: make room and give the same command again."
                 ) from error
+
+
+def prepare_as_for_training(data: "PickAPicDataModule", trainer: Trainer) -> None:
+    """Have a data module prepare what training would read, while the trainer predicts."""
+    data.trainer = trainer
+    trainer.state.fn = TrainerFn.FITTING
+    try:
+        data.prepare_data()
+    finally:
+        trainer.state.fn = TrainerFn.PREDICTING
 
 
 def encoded_images(samples: "Samples") -> list[str]:

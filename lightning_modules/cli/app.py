@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_modules.cli.caching import MACHINE
+from lightning_modules.cli.caching import MACHINE, EncodingBar
 from lightning_modules.cli.checkpoints import AtomicCheckpointIO, check_checkpoint
 from lightning_modules.cli.machine import check_machine, check_optimizer
 from lightning_modules.cli.parser import LimelightParser
@@ -78,6 +78,7 @@ class App(LimelightParser):
         name = self.config[self.subcommand].name
         if self.subcommand == "cache":
             config |= {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+            config["callbacks"] = [EncodingBar()] if config["enable_progress_bar"] is not False else []
         else:
             config["logger"] = [RunLogger(name), *(logger for logger in further if isinstance(logger, Logger))]
         config["callbacks"] = config["callbacks"] or []

@@ -4,10 +4,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_modules.base import AlignmentModule, compute_dtype, describe_encoders
+from lightning_modules.rewards.base import Reward, score_each
 
 # What a run's config says of the machine; the rest (callbacks, loggers, limits) is about training.
 MACHINE = {"accelerator", "devices", "num_nodes", "precision", "plugins", "enable_progress_bar"}
@@ -57,6 +59,29 @@ class Encoder(LightningModule):
         return True
 
 
+class EncodingBar(TQDMProgressBar):
+    """Counts the batches of the first device."""
+
+    predict_description = "Encoding"
+
+
+class Scorer(LightningModule):
+    """Rewards, for prediction.
+
+    Args:
+        rewards: Name -> reward.
+    """
+
+    def __init__(self, rewards: dict[str, Reward]) -> None:
+        super().__init__()
+        self.rewards = nn.ModuleDict(rewards)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> bool:
+        scores = {name: score_each(self.rewards[name], batch["images"], batch["prompts"]) for name in batch["rewards"]}
+        self.trainer.datamodule.keep(batch, scores)
+        return True
+
+
 class CachingTrainer(Trainer):
     """Lightning's Trainer, which can fill a cache as well."""
 
@@ -67,9 +92,14 @@ class CachingTrainer(Trainer):
         folder: str | None = None,
         dtype: Literal["float16", "bfloat16", "float32"] = "float16",
         rows_per_shard: int = 256,
+        rewards: dict[str, Reward] | None = None,
+        encode: bool = True,
         ckpt_path: str | None = None,
     ) -> None:
-        """Encode all images and prompts once; `data.init_args.cache: <folder>` then trains without the encoders.
+        """Encode all images and prompts once, or score all pairs, or both.
+
+        `data.init_args.cache: <folder>` then trains without the encoders, and `data.init_args.labels_from:
+        <folder>/scores/<name>` on the preferences of a reward.
 
         Args:
             model: Has the backbone whose encoders are used.
@@ -77,6 +107,9 @@ class CachingTrainer(Trainer):
             folder: Where the cache goes; what is there already is kept. Null means `data.init_args.cache`.
             dtype: Type of the stored numbers.
             rows_per_shard: Rows, and prompts, in a file: what an interruption loses at most, on each device.
+            rewards: Name -> reward that scores both images of every pair as they are stored, for example
+                `--rewards.pickscore PickScore`. The scores go to scores/<name> in the folder.
+            encode: Whether to encode. With false only the rewards score, and no model is loaded.
             ckpt_path: Must be null, as in the config.yaml of a run: training does not change the encoders.
         """
         if ckpt_path is not None:
@@ -89,6 +122,19 @@ class CachingTrainer(Trainer):
             raise ValueError(
                 f"{type(datamodule).__name__} cannot be cached; PickAPicDataModule and those made of it can."
             )
-        filling = datamodule.cache_filling(folder, dtype, rows_per_shard)
-        self.predict(Encoder(model), datamodule=filling, return_predictions=False)
-        rank_zero_info(f"The cache is complete. To train from it: `--data.init_args.cache {filling.folder}`")
+        if not encode and not rewards:
+            raise ValueError("There is nothing to do: encode is false, and there are no `--rewards` to score with.")
+        scoring = None
+        if rewards:
+            for reward in rewards.values():
+                reward.requires_grad_(False).eval().load()  # a wrong weight file is told of before hours of encoding
+            about = {name: reward.describe() for name, reward in rewards.items()}
+            scoring = datamodule.score_filling(folder, rows_per_shard, about)
+        if encode:
+            filling = datamodule.cache_filling(folder, dtype, rows_per_shard)
+            self.predict(Encoder(model), datamodule=filling, return_predictions=False)
+            rank_zero_info(f"The cache is complete. To train from it: `--data.init_args.cache {filling.folder}`")
+        if scoring is not None:
+            self.predict(Scorer(rewards), datamodule=scoring, return_predictions=False)
+            told = " or ".join(str(path) for path in scoring.folders.values())
+            rank_zero_info(f"The scores are complete. To train on them: `--data.init_args.labels_from {told}`")

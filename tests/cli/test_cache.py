@@ -105,8 +105,11 @@ def kill_after(process: subprocess.Popen, folder: Path, shards: int) -> None:
     process.wait()
 
 
-def test_a_cache_leaves_no_run_behind(recipe: Path, whole: dict[str, bytes], tmp_path: Path):
+def test_a_cache_leaves_no_run_behind(
+    recipe: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture
+):
     main(command(recipe, tmp_path / "cache", "--trainer.enable_progress_bar=true"))
+    assert "Encoding" in capsys.readouterr().out
     assert contents(tmp_path / "cache") == whole
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # no runs/, no tensorboard/
     # 40 + 3 rows are no ties; 41 prompts, with the empty one; the header and three indices.

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules import cache_filling
@@ -19,6 +20,7 @@ from datamodules.toy_world.data import ToyPairs
 from lightning_modules.backbones.sd15 import SD15
 from lightning_modules.backbones.sdxl import SDXL
 from lightning_modules.cli.caching import CachingTrainer
+from lightning_modules.diffusion_orpo import DiffusionORPO
 from lightning_modules.diffusion_sft import DiffusionSFT
 from tests.datamodules.caches import QUIET, dpo, fill, pairs, train
 from tests.datamodules.files import encoded, pair_columns, write_jsonl_pairs, write_pair_folder, write_parquet
@@ -212,6 +214,16 @@ def test_other_sources_train_alike(kind, sd15, tmp_path):
     assert cached.losses == pytest.approx(pixels.losses, abs=LOSSES)
 
 
+def test_other_methods_train_from_it(sd15, source, filled):
+    def orpo():
+        adapters = LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian")
+        return DiffusionORPO(SD15(str(sd15), lora=adapters), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+
+    settings = {"ties": "keep", "validation_split": "validation"}
+    cached = train(orpo(), pairs(source, **settings, cache=str(filled)))
+    assert_same_run(cached, train(orpo(), pairs(source, **settings)))
+
+
 def test_encoders_are_not_run_in_training(sd15, source, filled):
     calls = []
 
@@ -369,6 +381,29 @@ def test_missing_shards_are_made_again_alike(sd15, source, filled, copy):
     assert contents(copy) == contents(filled)
 
 
+@pytest.mark.parametrize("finished", range(5))
+def test_killed_before_the_first_shard(finished, sd15, source, filled, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    write, names = cache_filling.write_file, []
+
+    def write_or_die(file, content):
+        if len(names) == finished:
+            file.with_name(f".{file.name}.17.part").write_bytes(content[:5])
+            raise Killed
+        names.append(file.name)
+        write(file, content)
+
+    data = {"ties": "keep", "validation_split": "validation"}
+    monkeypatch.setattr(cache_filling, "write_file", write_or_die)
+    with pytest.raises(Killed):
+        fill(tmp_path / "cache", dpo(sd15), pairs(source, **data))
+    assert names == ["rows-train.json", "rows-validation.json", "prompts.json", "cache.json"][:finished]
+    monkeypatch.undo()
+    assert contents(fill(tmp_path / "cache", dpo(sd15), pairs(source, **data))) == contents(filled)
+
+
 def test_workers_fill_alike(sd15, source, filled, tmp_path):
     data = pairs(source, ties="keep", validation_split="validation", num_workers=2)
     assert contents(fill(tmp_path / "cache", dpo(sd15), data)) == contents(filled)
@@ -519,6 +554,16 @@ def test_changed_images_are_noticed(sd15, tmp_path):
     text = message(train, dpo(sd15), pairs(file, cache=str(folder)))
     assert f"of other images: 1 images of split 'train', first 'jpg_1' of {file}, row 3: " in text
     assert " bytes" in text
+
+
+def test_changed_streamed_files_are_noticed(sd15, tmp_path):
+    """What lies in their images is not looked at; that the files are others, is."""
+    file, settings = write_parquet(tmp_path / "data/train.parquet", 6), {"streaming": True}
+    settings |= {"cache_dir": str(tmp_path / "streams")}
+    folder = fill(tmp_path / "cache", dpo(sd15), pairs(file.parent, **settings))
+    write_parquet(file, 6, label_0=[1.0] * 6)
+    text = message(train, dpo(sd15), pairs(file.parent, **settings, cache=str(folder)))
+    assert "is stale, it was made of other data: files of split 'train' " in text
 
 
 def test_changed_captions_are_noticed(sd15, tmp_path):
