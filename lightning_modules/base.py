@@ -1,5 +1,6 @@
 """The life of a method outside its training step: optimizer, randomness, small checkpoints, resume, test images."""
 
+import copy
 import hashlib
 import math
 import os
@@ -127,6 +128,7 @@ class AlignmentModule(pl.LightningModule):
         self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         self._window: dict[str, Tensor] = {}
         self._pending_gradients: dict[str, Tensor] = {}
+        self._missed_validation: dict[str, int] | None = None
 
     # ---------------------------------------------------------------------------------------------------- building
 
@@ -246,6 +248,10 @@ class AlignmentModule(pl.LightningModule):
             for kind, tensors in (("gradients", gradients), ("metrics", self._window)):
                 checkpoint["limelight"][kind] = {name: self._rank_mean(tensor) for name, tensor in tensors.items()}
 
+        if self._validation_is_next():
+            step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+            checkpoint["limelight"]["before_validation"] = {"epoch": self.trainer.current_epoch, "step": step}
+
     def _rank_mean(self, tensor: Tensor) -> Tensor:
         """Mean over the ranks, on the CPU. FSDP2 has reduced its shards of gradients already."""
         if isinstance(tensor, DTensor):
@@ -257,6 +263,12 @@ class AlignmentModule(pl.LightningModule):
             return False
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         return self.automatic_optimization and self.trainer.fit_loop._should_accumulate() and progress.current.ready > 0
+
+    def _validation_is_next(self) -> bool:
+        if self._trainer is None or not self.trainer.training:
+            return False
+        fit, progress = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return progress.processed > progress.completed and fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with this model before it is trained.
@@ -284,6 +296,7 @@ class AlignmentModule(pl.LightningModule):
             self.run_seed = about["seed"]
         self._pending_gradients = about.get("gradients", {})
         self._window = about.get("metrics", {})
+        self._missed_validation = about.get("before_validation")
 
     def on_train_start(self) -> None:
         self._check_room()
@@ -297,6 +310,28 @@ class AlignmentModule(pl.LightningModule):
         self._pending_gradients = {}
         self._window = {name: value.to(self.device) for name, value in self._window.items()}
         self.backbone.denoiser.train()
+        if self._missed_validation is not None:
+            self._validate_at(**self._missed_validation)
+            self._missed_validation = None
+
+    def _validate_at(self, epoch: int, step: int) -> None:
+        """Run the validation that the checkpoint was written before: the Trainer takes it for done.
+
+        Args:
+            epoch: Number that the Trainer had for the epoch then.
+            step: Number that its loggers had for the step.
+        """
+        fit, connector = self.trainer.fit_loop, self.trainer._logger_connector
+        loop, epochs, first = fit.epoch_loop, fit.epoch_progress.current, connector._first_loop_iter
+        batches = copy.deepcopy(loop.val_loop.batch_progress)
+        now = epochs.completed, loop._batches_that_stepped
+        epochs.completed, loop._batches_that_stepped = epoch, step
+        self.trainer.validating = True
+        loop.val_loop.restarting = False
+        loop.val_loop.run()
+        self.trainer.training = True
+        epochs.completed, loop._batches_that_stepped = now
+        loop.val_loop.batch_progress, connector._first_loop_iter = batches, first
 
     def _check_room(self) -> None:
         """Stop before the first step when a checkpoint would not fit on the disk."""
@@ -325,19 +360,9 @@ class AlignmentModule(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------ images for evaluation
 
-    def on_test_start(self) -> None:
-        self.backbone.keep_reference()  # otherwise every batch would read the starting weights again
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Images of the trained and of the starting policy at the same seeds, for callbacks to score.
-
-        Returns:
-            The batch, with `images` and `base_images`, each (B, 3, H, W) in [0, 1] on the CPU.
-        """
-        images = self.backbone.generate(batch["prompts"], batch["seeds"])
-        with self.backbone.reference():
-            base_images = self.backbone.generate(batch["prompts"], batch["seeds"])
-        return {**batch, "images": images, "base_images": base_images}
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> PromptBatch:
+        """The batch: a callback (`callbacks/evaluation.py`) makes the images that are not there yet, and scores them."""
+        return batch
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Images of the trained policy; the batch, with `images` (B, 3, H, W) in [0, 1] on the CPU."""

@@ -176,6 +176,19 @@ def test_checkpoint_inside_an_accumulation_window_resumes_exactly(sd15, tmp_path
         assert torch.equal(parameter, module.trained_parameters()[name]), name
 
 
+def test_validation_that_was_interrupted_is_run_after_resuming(sd15, tmp_path):
+    options = {"limit_val_batches": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.fit(make_dpo(sd15), datamodule=RandomPairs())
+    assert list(metrics(whole, "val/loss")) == [1, 3]
+    for step, expected in ((1, [1, 3]), (2, [1, 3]), (3, [3])):
+        checkpoint = Path(whole.checkpoint_callback.dirpath) / f"step={step}.ckpt"
+        resumed = make_trainer(tmp_path / f"from_{step}", **options)
+        resumed.fit(make_dpo(sd15), datamodule=RandomPairs(), ckpt_path=checkpoint, weights_only=True)
+        assert metrics(resumed, "val/loss") == {at: metrics(whole, "val/loss")[at] for at in expected}
+        assert metrics(resumed) == {k: v for k, v in metrics(whole).items() if k >= step}
+
+
 def test_changed_learning_rate_is_honoured_on_resume(sd15, tmp_path):
     first = make_trainer(tmp_path / "a", max_steps=1)
     first.fit(make_dpo(sd15, lr=1e-3), datamodule=RandomPairs())
