@@ -16,10 +16,14 @@ class Cached(TypedDict, total=False):
 
 
 class PairBatch(Cached):
-    """B preference pairs. Image `i` was preferred over image `B + i`; both were made for prompt `i`."""
+    """B preference pairs. Image `i` was preferred over image `B + i`; both were made for prompt `i`.
+
+    With `originals` the pairs are in stored order instead, and `label` says which image people preferred.
+    """
 
     images: NotRequired[Tensor]  # (2B, 3, H, W) float32 in [-1, 1], the B preferred images first; absent with `moments`
     prompts: list[str]  # B
+    originals: NotRequired[list[Tensor]]  # 2B images as stored, in the order of `images`, each (3, H, W) uint8
     label: Tensor  # (B,) float32: probability that the first image is the better one; 1.0, or 0.5 for a tie
     weight: Tensor  # (B,) float32: weight of the pair in the loss, 1.0 unless the data says otherwise
     original_sizes: Tensor  # (2B, 2) int64: height and width of each image as stored
@@ -42,4 +46,5 @@ class PromptBatch(TypedDict):
 
     prompts: list[str]  # B
     seeds: list[int]  # B
-    index: list[int]  # B: position in the prompt list
+    index: list[int]  # B: number of the image: position in the prompt list, times the images per prompt
+    groups: NotRequired[list[dict[str, str]]]  # B: what sorts the prompts -> the group, e.g. {"Category": "Animals"}

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 HEADER = "cache.json"
-FIELDS = ("family", "encoders", "compute_dtype", "views", "dtype", "rows_per_shard", "moments", "embeddings", "splits")
-FIELDS += ("prompts",)
 Dtype = Literal["float16", "bfloat16", "float32"]
 AGAIN = "Fill another one with this config (`python main.py cache`, into another folder)"
 
@@ -51,16 +49,17 @@ def checksum(*tensors: Tensor) -> int:
     return result
 
 
-def shards_of(kind: str, number: int, rows_per_shard: int) -> dict[str, range]:
+def shards_of(kind: str, number: int, rows_per_shard: int, suffix: str = ".safetensors") -> dict[str, range]:
     """Names of the shards of so many rows or prompts, and which ones each holds.
 
     Args:
         kind: "prompts", or "images-" and the split.
         number: Rows or prompts.
         rows_per_shard: In all shards but the last.
+        suffix: Of the files.
     """
     parts = [range(start, min(start + rows_per_shard, number)) for start in range(0, number, rows_per_shard)]
-    return {f"{quote(kind, safe='')}-{part[0]:08d}-{part[-1]:08d}.safetensors": part for part in parts}
+    return {f"{quote(kind, safe='')}-{part[0]:08d}-{part[-1]:08d}{suffix}": part for part in parts}
 
 
 def rows_file(split: str) -> str:
@@ -89,8 +88,14 @@ def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> li
     return found
 
 
+def write_header(about: dict[str, Any]) -> tuple[bytes, str]:
+    """Content of the header, and the checksum in it, by which the shards know it."""
+    checksum = digest(json.dumps(about).encode())
+    return (json.dumps({"format": FORMAT, "checksum": checksum, **about}, indent=2) + "\n").encode(), checksum
+
+
 def read_header(folder: Path) -> tuple[dict[str, Any], str]:
-    """The header of a cache, and the identity by which its shards know it.
+    """What the header of a cache says, and its checksum.
 
     Raises:
         FileNotFoundError: if there is no cache in the folder.
@@ -102,8 +107,7 @@ def read_header(folder: Path) -> tuple[dict[str, Any], str]:
             f"There is no cache in {folder} (no {HEADER}). `python main.py cache` with the same config fills it; "
             "without `data.init_args.cache`, images and prompts are encoded at every step."
         )
-    content = file.read_bytes()
-    header = parse_json(file, content)
+    header = parse_json(file, file.read_bytes())
     if not isinstance(header, dict) or not isinstance(header.get("format"), int):
         raise ValueError(f"{file} is no header of a cache. Give the folder that `python main.py cache` has filled.")
     if header["format"] != FORMAT:
@@ -111,9 +115,10 @@ def read_header(folder: Path) -> tuple[dict[str, Any], str]:
             f"{file} has format {header['format']}, this version reads format {FORMAT}. {AGAIN}, or use the version of "
             "Limelight that filled it."
         )
-    if missing := [name for name in FIELDS if name not in header]:
-        raise ValueError(f"{file} is damaged: it says nothing about {', '.join(missing)}. {AGAIN}.")
-    return header, digest(content)
+    about = {name: value for name, value in header.items() if name not in ("format", "checksum")}
+    if digest(json.dumps(about).encode()) != header.get("checksum"):
+        raise ValueError(f"{file} is damaged, or was edited: its checksum does not agree. {AGAIN}.")
+    return about, header["checksum"]
 
 
 def parse_json(file: Path, content: bytes) -> Any:

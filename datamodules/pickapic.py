@@ -18,6 +18,7 @@ from datamodules.cache import Cache, CachedRows, Dtype, collate_cached
 from datamodules.cache_filling import CacheFilling
 from datamodules.prompts import PromptList
 from datamodules.sampling import ResumableDataModule, block_order, evaluation_loader, sample_generator
+from datamodules.scores import ScoreFilling, Scores, labels_of
 from datamodules.sources import Rows, load_rows
 from datamodules.streaming import ParquetStream
 from datamodules.transforms import View, decode_image, view_image, view_pair_jointly
@@ -90,6 +91,27 @@ class PairTable:
             drawn = np.sort(block_order(seed, 0, self.rows.shards[self.index], shuffle_shards=1)[:number])
         return replace(self, index=self.index[drawn], label_0=None if self.label_0 is None else self.label_0[drawn])
 
+    def relabel(self, split: str, scores: Scores, scale: float | None) -> "PairTable":
+        """Labels by the scores of the images instead of those that people gave.
+
+        Args:
+            split: Name of the split.
+            scores: Of its rows.
+            scale: None for 1 and 0; see `labels_of`.
+        """
+        if self.label_0 is None:
+            raise ValueError(f"{self.summary}: labels_from is for pairs, but there is one image in a row.")
+        found = scores.of(split, self)
+        label_0 = labels_of(found, scale)
+        voted = (self.label_0 != 0.5) & (label_0 != 0.5)
+        agree = ((self.label_0 > 0.5) == (label_0 > 0.5))[voted].mean() if voted.any() else np.nan
+        equal = (found[:, 0] == found[:, 1]).sum()
+        summary = (
+            f"labels_from {scores.folder}: {len(label_0)} pairs of split {split!r}, {equal} of them with equal scores; "
+            f"the labels agree with {100 * agree:.1f} % of those in the data"
+        )
+        return replace(self, label_0=label_0, summary=summary)
+
     def turn_labels(self, probability: float, seed: int) -> "PairTable":
         """Prefer the other image in some rows, which depend on the seed and on nothing else that takes part."""
         if self.label_0 is None:
@@ -114,6 +136,7 @@ class Samples(Dataset):
         preferred_only: Give only the preferred image.
         cached: Where encoded images are, to give their moments instead of pixels.
         coin: Decide ties at every visit.
+        originals: Give both images in stored order, and beside their views as they are stored.
     """
 
     table: PairTable
@@ -125,6 +148,7 @@ class Samples(Dataset):
     preferred_only: bool
     cached: CachedRows | None = None
     coin: bool = False
+    originals: bool = False
 
     def __len__(self) -> int:
         return len(self.table.index)
@@ -140,8 +164,11 @@ class Samples(Dataset):
         if isinstance(caption, list):
             caption = caption[0 if position is None else int(generator.integers(len(caption)))]
         views = self.views(number, values, generator)
-        tie = self.table.label_0 is not None and self.table.label_0[number] == 0.5 and not self.coin
-        sample = {"views": views, "prompt": caption, "label": 0.5 if tie else 1.0, "id": rows.id(row)}
+        label_0 = 1.0 if self.table.label_0 is None else float(self.table.label_0[number])
+        label = 1.0 if label_0 == 0.5 and self.coin else max(label_0, 1.0 - label_0)
+        sample = {"views": views, "prompt": caption, "label": label, "id": rows.id(row)}
+        if self.originals:
+            sample |= {"label": label_0, "originals": [self.stored(number, values, which) for which in (0, 1)]}
         return sample if self.cached is None else sample | {"embedding": self.cached.cache.embedding(caption)}
 
     def views(self, number: int, values: dict[str, Any], generator: np.random.Generator) -> list[View]:
@@ -152,30 +179,47 @@ class Samples(Dataset):
             values: The row's values.
             generator: Decides ties, crops and flips.
         """
-        columns, rows = self.table.columns, self.table.rows
         label_0 = None if self.table.label_0 is None else self.table.label_0[number]
         if label_0 == 0.5 and self.coin:
             label_0 = generator.integers(2)
-        names = [columns.image] if label_0 is None else [columns.image_0, columns.image_1]
-        order = range(len(names))[:: -1 if label_0 == 0 else 1][: 1 if self.preferred_only else 2]
+        second_first = label_0 is not None and label_0 < 0.5 and not self.originals
+        order = range(1 if label_0 is None else 2)[:: -1 if second_first else 1][: 1 if self.preferred_only else 2]
         if self.cached is not None:
             return self.cached.views(number, order, self.joint and len(order) == 2, self.horizontal_flip, generator)
+        images = {which: self.image(number, values, which) for which in order}
+        augmentation = (self.resolution, self.random_crop, self.horizontal_flip, generator)
+        if self.joint and len(order) == 2:
+            views = view_pair_jointly(images[0], images[1], *augmentation)
+            return [views[which] for which in order]
+        return [view_image(image, *augmentation) for image in images.values()]
 
-        def image(which: int) -> Image.Image:
+    def image(self, number: int, values: dict[str, Any], which: int) -> Image.Image:
+        """A stored image of a row, decoded; it takes the place of its bytes in `values`.
+
+        Args:
+            number: The row's place in the table.
+            values: The row's values.
+            which: 0 or 1; 0 where there are single images.
+
+        Raises:
+            ValueError: if it does not decode.
+        """
+        columns, rows = self.table.columns, self.table.rows
+        name = columns.image if self.table.label_0 is None else (columns.image_0, columns.image_1)[which]
+        if not isinstance(values[name], Image.Image):
             try:
-                return decode_image(rows.stored_image(values[names[which]]), self.resolution)
+                values[name] = decode_image(rows.stored_image(values[name]), self.resolution)
             except ValueError as error:
                 raise ValueError(
                     f"{rows.where(int(self.table.index[number]))} (prompt {str(values[columns.caption])[:40]!r}): "
-                    f"{names[which]!r} {error}. `verify_images: true` finds all such rows before training starts, and "
-                    "with `on_bad_row: drop` leaves them out."
+                    f"{name!r} {error}. `verify_images: true` finds all such rows before training starts, and with "
+                    "`on_bad_row: drop` leaves them out."
                 ) from error
+        return values[name]
 
-        augmentation = (self.resolution, self.random_crop, self.horizontal_flip, generator)
-        if self.joint and len(order) == 2:
-            views = view_pair_jointly(image(0), image(1), *augmentation)
-            return [views[which] for which in order]
-        return [view_image(image(which), *augmentation) for which in order]
+    def stored(self, number: int, values: dict[str, Any], which: int) -> torch.Tensor:
+        """The same image as (3, H, W) uint8, of the size that it is stored in."""
+        return torch.from_numpy(np.array(self.image(number, values, which))).permute(2, 0, 1)
 
 
 def collate_images(samples: list[dict[str, Any]]) -> ImageBatch:
@@ -193,7 +237,10 @@ def collate_images(samples: list[dict[str, Any]]) -> ImageBatch:
 def collate_pairs(samples: list[dict[str, Any]]) -> PairBatch:
     """Preferred images first."""
     label = torch.tensor([sample["label"] for sample in samples])
-    return {**collate_images(samples), "label": label, "weight": torch.ones_like(label)}
+    batch: PairBatch = {**collate_images(samples), "label": label, "weight": torch.ones_like(label)}
+    if "originals" in samples[0]:
+        batch["originals"] = [sample["originals"][which] for which in (0, 1) for sample in samples]
+    return batch
 
 
 class PickAPicDataModule(ResumableDataModule):
@@ -217,6 +264,13 @@ class PickAPicDataModule(ResumableDataModule):
             always the same one).
         label_noise: Probability with which a training label is turned, to study robustness. Which labels are depends on
             the seed of the run; they stay turned.
+        labels_from: Folder of scores, <folder>/scores/<name> of `main.py cache --rewards.<name>`. Of each training pair
+            the image with the higher score is then preferred, whatever people said; at equal scores the first one.
+            Pairs that people found equal are left out by `ties: drop` all the same; every other value keeps them.
+        label_scale: With labels_from, labels are probabilities instead: sigmoid(label_scale x difference of scores).
+        relabel_validation: Validate on the labels of labels_from too. Otherwise on what people said.
+        originals: Give training pairs in stored order, and with them the images as they are stored: what
+            `DiffusionDPO.feedback` judges.
         require_label: Leave out rows whose has_label is false.
         dreamlike_pairs_only: Keep only pairs of which both images come from a model with "dream" in its name.
         max_train_samples: Train on so many pairs, drawn once with the seed of the run.
@@ -256,6 +310,10 @@ class PickAPicDataModule(ResumableDataModule):
         columns: PairColumns = PICKAPIC_COLUMNS,
         ties: Literal["drop", "first", "keep", "coin"] = "drop",
         label_noise: float = 0.0,
+        labels_from: str | None = None,
+        label_scale: float | None = None,
+        relabel_validation: bool = False,
+        originals: bool = False,
         require_label: bool = False,
         dreamlike_pairs_only: bool = False,
         max_train_samples: int | None = None,
@@ -289,6 +347,29 @@ class PickAPicDataModule(ResumableDataModule):
             raise ValueError(f"label_noise is {label_noise}; expected a probability, 0 to 1.")
         if cache is not None:
             self._refuse_random_crop(random_crop)
+        if originals:
+            for name, value in (
+                ("cache", cache),
+                ("labels_from", labels_from),
+                ("label_noise", label_noise),
+                ("preferred_only", preferred_only),
+            ):
+                if value:
+                    raise ValueError(
+                        f"originals: true has model.feedback decide which of the stored images is preferred, which "
+                        f"does not go with {name} ({value}). Leave out one of the two; with `labels_from`, images that "
+                        "have been scored before decide it."
+                    )
+        if labels_from is None and (label_scale is not None or relabel_validation):
+            raise ValueError(
+                f"label_scale is {label_scale} and relabel_validation {relabel_validation}, but there are no scores "
+                "that labels could come from: set `labels_from`."
+            )
+        if label_scale is not None and (not label_scale > 0 or preferred_only):
+            raise ValueError(
+                f"label_scale is {label_scale} and preferred_only {preferred_only}; expected a positive number, and "
+                "pairs: of single images there are no labels."
+            )
         self.source = source
         self.resolution = resolution
         self.batch_size = batch_size
@@ -299,6 +380,10 @@ class PickAPicDataModule(ResumableDataModule):
         self.columns = columns
         self.ties = ties
         self.label_noise = label_noise
+        self.labels_from = labels_from
+        self.label_scale = label_scale
+        self.relabel_validation = relabel_validation
+        self.originals = originals
         self.require_label = require_label
         self.dreamlike_pairs_only = dreamlike_pairs_only
         self.max_train_samples = max_train_samples
@@ -316,6 +401,7 @@ class PickAPicDataModule(ResumableDataModule):
         self.cache_gb = cache_gb
         self.cache_folder = cache
         self.cached: Cache | None = None
+        self.scores: Scores | None = None
         self.collate = collate_images if preferred_only else collate_pairs
 
     def prepare_data(self) -> None:
@@ -324,11 +410,21 @@ class PickAPicDataModule(ResumableDataModule):
             self._open(split)
 
     def setup(self, stage: str) -> None:
+        model = self.trainer.lightning_module
+        if self.originals and stage == TrainerFn.FITTING and getattr(model, "feedback", None) is None:
+            raise ValueError(
+                "originals: true gives pairs in stored order, for model.feedback to say which image is preferred; "
+                f"{type(model).__name__} has none. Set `model.init_args.feedback` (DiffusionDPO), or leave originals out."
+            )
         self._tables = {split: self._open(split) for split in self._splits(stage)}
         for table in self._tables.values():
             rank_zero_info(table.summary)
         if self.cache_folder is not None and self._tables:
             self._open_cache()
+        if self.labels_from is not None and self._tables:
+            self.scores = Scores(self.labels_from)
+        if self.cached is not None or self.scores is not None:
+            self._try_samples()
 
     def _splits(self, stage: str) -> list[str]:
         """Splits that a stage reads."""
@@ -357,13 +453,17 @@ class PickAPicDataModule(ResumableDataModule):
     def train_samples(self) -> Samples:
         """The training data, as the loader asks for them."""
         table = self._tables[self.split].sample(self.max_train_samples, self.run_seed)
+        if self.scores is not None:
+            table = table.relabel(self.split, self.scores, self.label_scale)
         if self.label_noise:
             table = table.turn_labels(self.label_noise, self.run_seed)
-        return self._samples(self.split, table, self.random_crop, self.horizontal_flip)
+        return self._samples(self.split, table, self.random_crop, self.horizontal_flip, self.originals)
 
     def val_samples(self) -> Samples:
         """The validation data, in the order of evaluation."""
         table = self._tables[self.validation_split].sample(self.max_val_samples, seed=0)
+        if self.scores is not None and self.relabel_validation:
+            table = table.relabel(self.validation_split, self.scores, self.label_scale)
         return self._samples(self.validation_split, table, random_crop=False, horizontal_flip=False)
 
     def val_dataloader(self) -> DataLoader[PairBatch | ImageBatch] | list:
@@ -386,7 +486,15 @@ class PickAPicDataModule(ResumableDataModule):
             )
         return self.test_prompts.loader(self.trainer)
 
-    def _samples(self, split: str, table: PairTable, random_crop: bool, horizontal_flip: bool) -> Samples:
+    def _try_samples(self) -> None:
+        """Raise before the networks are loaded if caches or scores lack anything that will be asked for."""
+        for split, samples in ((self.split, self.train_samples), (self.validation_split, self.val_samples)):
+            if split in self._tables and (told := samples().table.summary) != self._tables[split].summary:
+                rank_zero_info(told)
+
+    def _samples(
+        self, split: str, table: PairTable, random_crop: bool, horizontal_flip: bool, originals: bool = False
+    ) -> Samples:
         cached = None
         if self.cached is not None:
             cached = self.cached.rows_of(split, table, self._places[split], horizontal_flip)
@@ -403,6 +511,7 @@ class PickAPicDataModule(ResumableDataModule):
             self.preferred_only,
             cached,
             self.ties == "coin",
+            originals,
         )
 
     def _images(self, table: PairTable) -> list[str]:
@@ -426,10 +535,23 @@ class PickAPicDataModule(ResumableDataModule):
             rows_per_shard: Rows in a file.
         """
         self._refuse_random_crop(self.random_crop)
+        return CacheFilling(self, self._folder_to_fill(folder), dtype, rows_per_shard)
+
+    def _folder_to_fill(self, folder: str | None) -> Path:
         folder = folder or self.cache_folder
         if not folder:
             raise ValueError("There is no folder to fill: give `--folder`, or set `data.init_args.cache`.")
-        return CacheFilling(self, Path(folder).expanduser(), dtype, rows_per_shard)
+        return Path(folder).expanduser()
+
+    def score_filling(self, folder: str | None, rows_per_file: int, rewards: dict[str, dict[str, Any]]) -> ScoreFilling:
+        """What `main.py cache` scores.
+
+        Args:
+            folder: Scores go to scores/<name> below it; null means the folder in `cache`.
+            rows_per_file: Rows in a file.
+            rewards: Name -> description of each reward.
+        """
+        return ScoreFilling(self, self._folder_to_fill(folder), rows_per_file, rewards)
 
     def to_encode(self) -> tuple[dict[str, Samples], dict[str, Any]]:
         """The rows that training and validation show, in the order of the data set, and how their images are shown."""
@@ -459,7 +581,7 @@ class PickAPicDataModule(ResumableDataModule):
 
     def _views(self, table: PairTable) -> dict[str, Any]:
         """Which images are shown to the encoder, and in which form."""
-        known = self.preferred_only and self.ties != "coin" and not self.label_noise
+        known = self.preferred_only and self.ties != "coin" and not self.label_noise and self.labels_from is None
         images = "single" if table.label_0 is None else "preferred" if known else "pairs"
         augmentation = "separate" if self.preferred_only else self.augmentation
         return {"resolution": self.resolution, "crop": "centre", "augmentation": augmentation, "images": images}
@@ -471,10 +593,6 @@ class PickAPicDataModule(ResumableDataModule):
         for split, table in self._tables.items():
             cache.check_views(self._views(table))
             self._places[split] = cache.places(split, table.rows, self._images(table))
-        if self.split in self._tables:
-            self.train_samples()
-        if self.validation_split in self._tables:
-            self.val_samples()
 
     @staticmethod
     def _refuse_random_crop(random_crop: bool) -> None:
@@ -502,7 +620,8 @@ class PickAPicDataModule(ResumableDataModule):
             )
         return wanted
 
-    def _source_of(self, split: str) -> str | list[str]:
+    def _source_of(self, split: str) -> str:
+        """What messages call the source of a split."""
         return self.source
 
     def _load_rows(self, split: str) -> Rows:

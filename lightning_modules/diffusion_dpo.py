@@ -1,4 +1,7 @@
-"""Diffusion-DPO: direct preference optimization of diffusion models (arXiv:2311.12908), with hinge and IPO losses."""
+"""Diffusion-DPO: direct preference optimization of diffusion models (arXiv:2311.12908), with hinge and IPO losses.
+
+Which image of a pair is the better one, people have said, or a reward says so while the model trains (paper, 5.4).
+"""
 
 from typing import Literal
 
@@ -12,6 +15,7 @@ from lightning_modules.backbones.base import Backbone
 from lightning_modules.base import AlignmentModule
 from lightning_modules.functional.noise import draw_noise, per_sample_mse, repeat_pair
 from lightning_modules.functional.prompts import drop_prompts
+from lightning_modules.rewards.base import Reward, score_each
 
 LossType = Literal["sigmoid", "hinge", "ipo"]
 
@@ -93,6 +97,28 @@ def implicit_accuracy(margin: Tensor, tie: float = 0.0) -> Tensor:
     return torch.where(margin == 0, tie, (margin > 0).float()).mean()
 
 
+def second_is_better(scores: Tensor) -> Tensor:
+    """AI feedback: whether the second image of each pair is the preferred one.
+
+    Only a score strictly above the first one says so: at equal scores, and where one is NaN, the first image is
+    preferred, as in the published code.
+
+    Args:
+        scores: (B, 2) of the first and the second stored image.
+
+    Returns:
+        (B,) bool.
+    """
+    return scores[:, 1] > scores[:, 0]
+
+
+def swap_pairs(x: Tensor, swap: Tensor) -> Tensor:
+    """(2B, ...) in the layout of pairs, with the two of each pair exchanged where `swap`, (B,) bool, says so."""
+    first, second = x.chunk(2)
+    swap = swap.reshape(-1, *[1] * (x.ndim - 1))
+    return torch.cat([torch.where(swap, second, first), torch.where(swap, first, second)])
+
+
 class DiffusionDPO(AlignmentModule):
     """Diffusion-DPO on image pairs: the denoiser learns to denoise preferred images better than rejected ones.
 
@@ -106,6 +132,9 @@ class DiffusionDPO(AlignmentModule):
         optimizer: Built on the trained parameters only.
         prompt_dropout: Share of captions replaced by the empty one, in [0, 1].
         noise_offset: Standard deviation of an extra noise per pair and channel; 0 switches it off.
+        feedback: Says, instead of people, which image of a training pair is the better one: it scores both as they are
+            stored, with the caption. Needs `originals: true` of the data module; a tie goes to the first image. Scoring
+            all pairs once (`main.py cache --rewards`) and training with the data module's `labels_from` costs less.
         tie_accuracy: What a pair of margin exactly 0 counts in the implicit accuracy: 0 as in the published script,
             0.5 as in the diffusers LoRA examples.
         validation_draws: Draws of noise and timestep per validation pair whose mean margin classifies it (paper, 5.5).
@@ -124,6 +153,7 @@ class DiffusionDPO(AlignmentModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         prompt_dropout: float = 0.2,
         noise_offset: float = 0.0,
+        feedback: Reward | None = None,
         tie_accuracy: float = 0.0,
         validation_draws: int = 10,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -146,10 +176,31 @@ class DiffusionDPO(AlignmentModule):
         self.loss_type: LossType = loss_type
         self.prompt_dropout = prompt_dropout
         self.noise_offset = noise_offset
+        self.feedback = None if feedback is None else feedback.eval().requires_grad_(False)
         self.tie_accuracy = tie_accuracy
         self.validation_draws = validation_draws
 
+    def setup(self, stage: str) -> None:
+        """Load the reward before the networks: a wrong weight file is told of at once.
+
+        Raises:
+            ValueError: if there is feedback, and the data do not come with the images that it judges.
+        """
+        if self.feedback is None or stage != "fit":
+            return
+        if not getattr(self.trainer.datamodule, "originals", False):
+            raise ValueError(
+                "model.feedback judges images as they are stored, which the batches do not hold: set "
+                "`data.init_args.originals: true`. Images that are cached are not read at all: have them scored once, "
+                "by `python main.py cache --rewards`, and set `data.init_args.labels_from` instead of feedback."
+            )
+        self.feedback.load()
+        self.feedback.requires_grad_(False)
+
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        feedback = {}
+        if self.feedback is not None:
+            batch, feedback["feedback_agreement"] = self.relabel(batch)
         prompts = drop_prompts(batch["prompts"], torch.rand(len(batch["prompts"]), device="cpu"), self.prompt_dropout)
         latents = self.backbone.latents(batch)  # (2B, C, h, w), preferred first
         condition = self.backbone.condition(batch, prompts)
@@ -169,9 +220,27 @@ class DiffusionDPO(AlignmentModule):
                 "error_rejected": error_rejected.mean(),
                 "reference_error_preferred": reference_preferred.mean(),
                 "reference_error_rejected": reference_rejected.mean(),
+                **feedback,
             }
         )
         return loss
+
+    @torch.no_grad()
+    def relabel(self, batch: PairBatch) -> tuple[PairBatch, Tensor]:
+        """Put the image first that the feedback prefers.
+
+        Args:
+            batch: Pairs in stored order, with `originals`.
+
+        Returns:
+            The pairs in their new order, all with label 1, and the share of them on which people agree.
+        """
+        scores = score_each(self.feedback, batch["originals"], batch["prompts"] * 2)
+        swap = second_is_better(torch.stack(scores.chunk(2), dim=1)).to(batch["images"].device)
+        people = batch["label"]
+        agreement = torch.where(swap, 1.0 - people, people).mean()
+        sides = {name: swap_pairs(batch[name], swap) for name in ("images", "original_sizes", "crops")}
+        return {**batch, **sides, "label": torch.ones_like(people)}, agreement
 
     def denoising_errors(self, latents: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Errors of policy and reference, each (2B,) float32, at one drawn noise and timestep per pair."""

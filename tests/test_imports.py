@@ -14,7 +14,7 @@ CONTRACTS = ("lightning_modules.base", "lightning_modules.backbones.base", "ligh
 # First match counts: module or package -> what of ours it may import, besides its own package where that is named.
 ARROWS = {
     "main": ("lightning_modules.cli",),
-    "lightning_modules.cli": ("lightning_modules.cli", "lightning_modules.base"),
+    "lightning_modules.cli": ("lightning_modules.cli", "lightning_modules.base", "lightning_modules.rewards.base"),
     "lightning_modules.functional": ("lightning_modules.functional",),
     "lightning_modules.backbones": (
         "lightning_modules.backbones",

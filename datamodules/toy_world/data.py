@@ -113,6 +113,9 @@ class ToyPairs(PickAPicDataModule):
         folder: Folder for the pairs; they are made again when it is lost.
         cache: Folder that `main.py cache` fills with the encoded pictures and prompts, to train from; null encodes at
             every step.
+        labels_from: Folder of scores, by which training pairs are labelled anew (see `PickAPicDataModule`).
+        originals: Give training pairs in stored order, with the pictures as they are stored, for
+            `DiffusionDPO.feedback`.
     """
 
     def __init__(
@@ -133,6 +136,8 @@ class ToyPairs(PickAPicDataModule):
         guidance_scale: float = 2.0,
         folder: str = "runs/cache",
         cache: str | None = None,
+        labels_from: str | None = None,
+        originals: bool = False,
     ) -> None:
         if not 0.0 <= label_noise <= 1.0:
             raise ValueError(f"ToyPairs: label_noise is {label_noise}; expected a probability, in [0, 1].")
@@ -170,6 +175,8 @@ class ToyPairs(PickAPicDataModule):
             horizontal_flip=False,
             test_prompts=heldout_prompts(num_test_prompts),
             cache=cache,
+            labels_from=labels_from,
+            originals=originals,
         )
 
     def prepare_data(self) -> None:

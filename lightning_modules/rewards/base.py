@@ -1,9 +1,14 @@
 """The contract of every scorer: images and prompts in, one number per image out."""
 
+import hashlib
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Settings that change no score.
+WITHOUT_EFFECT = ("training", "chunk_size", "batch_size", "timeout", "retries", "pause")
 
 
 class Reward(nn.Module):
@@ -25,6 +30,22 @@ class Reward(nn.Module):
             device: Where weights that are read now are put; the CPU if not given.
         """
 
+    def describe(self) -> dict[str, Any]:
+        """What the scores depend on: class, settings, and a hash of the weights, which must have been loaded."""
+        settings = {
+            name: str(value)
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name not in WITHOUT_EFFECT
+        }
+        parts = {name: part.describe() for name, part in self.named_modules() if name and isinstance(part, Reward)}
+        digest = hashlib.blake2b(digest_size=16)
+        weights = self.state_dict()
+        for name, tensor in sorted(weights.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        about = {"class": f"{type(self).__module__}.{type(self).__qualname__}", "settings": settings}
+        return about | ({"parts": parts} if parts else {}) | ({"weights": digest.hexdigest()} if weights else {})
+
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Score every image.
 
@@ -45,6 +66,25 @@ class Reward(nn.Module):
     @abstractmethod
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) scores of images and prompts that have been checked."""
+
+
+def score_each(reward: Reward, images: list[Tensor], prompts: list[str]) -> Tensor:
+    """Score images of any sizes, as they are stored; those of one size together.
+
+    Args:
+        reward: The scorer.
+        images: N images, each (3, H, W) uint8.
+        prompts: N prompts.
+
+    Returns:
+        (N,) float32 scores on the device of the images.
+    """
+    scores = torch.empty(len(images), device=images[0].device)
+    for size in dict.fromkeys(image.shape for image in images):
+        which = [number for number, image in enumerate(images) if image.shape == size]
+        pixels = torch.stack([images[number] for number in which]).float() / 255
+        scores[which] = reward(pixels, [prompts[number] for number in which])
+    return scores
 
 
 def check_inputs(name: str, images: Tensor, prompts: list[str]) -> None:
