@@ -410,12 +410,14 @@ class PickAPicDataModule(ResumableDataModule):
             self._open(split)
 
     def setup(self, stage: str) -> None:
-        model = self.trainer.lightning_module
-        if self.originals and stage == TrainerFn.FITTING and getattr(model, "feedback", None) is None:
-            raise ValueError(
-                "originals: true gives pairs in stored order, for model.feedback to say which image is preferred; "
-                f"{type(model).__name__} has none. Set `model.init_args.feedback` (DiffusionDPO), or leave originals out."
-            )
+        if self.originals and stage == TrainerFn.FITTING:
+            model = self.trainer.lightning_module
+            if getattr(model, "feedback", None) is None:
+                raise ValueError(
+                    "originals: true gives pairs in stored order, for model.feedback to say which image is preferred; "
+                    f"this {type(model).__name__} has none. Set `model.init_args.feedback` (of DiffusionDPO), or leave "
+                    "originals out."
+                )
         self._tables = {split: self._open(split) for split in self._splits(stage)}
         for table in self._tables.values():
             rank_zero_info(table.summary)
