@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from callbacks.evaluation import HEADER, markdown, markdown_table, settings_line, table_cells
+from callbacks.evaluation_report import HEADER, markdown, markdown_table, settings_line, table_cells
 from callbacks.export_pipeline import LORA_FILE
 
 # Settings of data modules that say how a machine got at the data, not what was learnt from.

@@ -218,9 +218,10 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def read_results(file: Path) -> dict[str, Any] | None:
-    """What `Evaluation` found for the weights that were exported, not for those of some checkpoint."""
+    """What `Evaluation` found for the weights that were exported against their base, not for or against others."""
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return results if results is not None and results["checkpoint"] is None else None
+    known = results is not None and results["checkpoint"] is None and results["baseline"]["kind"] in ("base", "none")
+    return results if known else None
 
 
 Grid = tuple[Path, list[tuple[str, int]], int, float]  # file, prompt and seed of each row, sampling steps, guidance

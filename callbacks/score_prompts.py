@@ -4,8 +4,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from callbacks.evaluation import score_images, wins
+from callbacks.evaluation import score_images
 from callbacks.fixed_prompts import FixedPrompts
+from callbacks.statistics import wins
 from lightning_modules.base import AlignmentModule
 from lightning_modules.rewards.base import Reward
 

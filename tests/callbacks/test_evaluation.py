@@ -13,23 +13,30 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from PIL import Image
 
-from callbacks.evaluation import (
-    Evaluation,
-    bootstrap_interval,
-    compare,
-    gather_rows,
-    markdown,
-    means_by_group,
-    score_images,
-    wins,
-)
+from callbacks.evaluation import Evaluation, gather_rows, score_images
+from callbacks.evaluation_report import markdown
+from callbacks.statistics import bootstrap_interval, compare, means_by_group, wins
 from lightning_modules.rewards.base import Reward
 from tests.callbacks.runs import PROMPTS, Data, Redness, Undefined, logged, make_module, make_trainer
+
+
+ROLES = ("tuned", "base")
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     pl.seed_everything(5, verbose=False)
+
+
+def pixels(file: Path) -> torch.Tensor:
+    """(3, H, W) in [0, 1] of an image file."""
+    with Image.open(file) as image:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def redness(file: Path) -> float:
+    image = pixels(file)
+    return (image[0] - image[1]).mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -144,17 +151,13 @@ def tested(sd15, tmp_path_factory):
     return trainer, module, prompts
 
 
-def test_results_are_those_of_the_images(tested):
+def test_results_are_those_of_the_saved_images(tested):
     trainer, module, prompts = tested
     folder = Path(trainer.log_dir) / "evaluation"
     results = json.loads((folder / "results.json").read_text())
     red = results["rewards"]["red"]
 
-    images = module.backbone.generate(prompts, [10, 11, 12, 13])
-    with module.backbone.reference():
-        base_images = module.backbone.generate(prompts, [10, 11, 12, 13])
-    tuned = [(image[0] - image[1]).mean().item() for image in images]
-    base = [(image[0] - image[1]).mean().item() for image in base_images]
+    tuned, base = ([redness(folder / f"images/{index:05d}_{role}.png") for index in range(4)] for role in ROLES)
     assert red["tuned"] == pytest.approx(fmean(tuned), abs=1e-6)
     assert red["base"] == pytest.approx(fmean(base), abs=1e-6)
     assert red["difference"] == pytest.approx(fmean(tuned) - fmean(base), abs=1e-6)
@@ -179,9 +182,10 @@ def test_every_image_is_saved_under_its_index(tested):
     names = [f"{index:05d}_{role}.png" for index in range(4) for role in ("base", "tuned")]
     assert sorted(path.name for path in folder.iterdir()) == names
     expected = module.backbone.generate(prompts[3:], [13])[0]
-    with Image.open(folder / "00003_tuned.png") as image:
-        saved = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    torch.testing.assert_close(saved, expected, rtol=0, atol=0.5 / 255 + 1e-5)
+    torch.testing.assert_close(pixels(folder / "00003_tuned.png"), expected, rtol=0, atol=0.5 / 255 + 1e-5)
+    with module.backbone.reference():
+        expected = module.backbone.generate(prompts[3:], [13])[0]
+    torch.testing.assert_close(pixels(folder / "00003_base.png"), expected, rtol=0, atol=0.5 / 255 + 1e-5)
 
 
 def test_the_page_and_the_grid_show_the_first_prompts(tested):
