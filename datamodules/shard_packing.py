@@ -279,8 +279,8 @@ def pack(
         with FileLock(folder / f".{packing.name}.lock", timeout=PATIENCE):
             for left in folder.glob(f"{packing.name}-?????.tar*.part"):  # by a command that was killed
                 left.unlink()
-            for tar in sorted(file.name for file in folder.glob(f"{packing.name}-*.tar")):
-                if tar not in tars:
+            for tar in sorted(os.listdir(folder)):
+                if re.fullmatch(rf"{packing.name}-\d+\.tar", tar) and tar not in tars:
                     raise ValueError(f"{folder / tar}: {TAKEN}")
             written = in_parallel(partial(packing.is_written, folder), range(len(tars)), num_workers, "Looking")
             missing = [shard for shard, there in enumerate(written) if not there]

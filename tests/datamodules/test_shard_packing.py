@@ -216,8 +216,9 @@ def test_two_splits_go_into_one_folder_but_not_into_one_name(tmp_path):
         pack(str(tmp_path / "source"), tmp_path / "tars", split="validation", name="train", samples_per_shard=2)
     assert content(tmp_path / "tars") == before
     settings = {"samples_per_shard": 2, "num_workers": 1}
-    pack(str(tmp_path / "source"), tmp_path / "tars", split="validation", name="held-out", **settings)
-    assert opened(tmp_path / "tars/held-out-*.tar", tmp_path).train_samples()[0, 0]["prompt"] == "validation 0"
+    pack(str(tmp_path / "source"), tmp_path / "tars", split="validation", name="train-held-out", **settings)
+    pack(str(tmp_path / "source"), tmp_path / "tars", **settings)
+    assert opened(tmp_path / "tars/train-held-out-*.tar", tmp_path).train_samples()[0, 0]["prompt"] == "validation 0"
 
 
 @pytest.mark.parametrize("change", ["shard size", "fewer rows", "other labels", "columns", "source touched"])
