@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.cache import (
-    FORMAT,
     HEADER,
     Dtype,
     changes,
@@ -29,6 +28,7 @@ from datamodules.cache import (
     row_keys,
     rows_file,
     shards_of,
+    write_header,
 )
 from datamodules.transforms import View
 
@@ -153,7 +153,6 @@ class CacheFilling(LightningDataModule):
         self.files["prompts.json"] = self.prompts
         self.files = {name: (json.dumps(content) + "\n").encode() for name, content in self.files.items()}
         self.header = {
-            "format": FORMAT,
             "views": views,
             "dtype": self.dtype,
             "rows_per_shard": self.rows_per_shard,
@@ -186,8 +185,7 @@ class CacheFilling(LightningDataModule):
         described = self.trainer.lightning_module.describe(self.data.resolution)
         header = self.header | described
         self._compare(header)
-        content = (json.dumps(header, indent=2) + "\n").encode()
-        self.identity = digest(content)
+        content, self.identity = write_header(header)
         kinds = {f"images-{split}": (split, len(samples)) for split, samples in self.splits.items()}
         kinds["prompts"] = (None, len(self.prompts))
         shards = {

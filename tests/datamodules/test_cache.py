@@ -1,5 +1,6 @@
 """The cache of moments and embeddings: it trains as pixels do, and says what is wrong with it."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -14,7 +15,7 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules import cache_filling
-from datamodules.cache import Cache, changes
+from datamodules.cache import Cache, changes, read_header
 from datamodules.pickapic_shards import PickAPicShardsDataModule
 from datamodules.toy_world.data import ToyPairs
 from lightning_modules.backbones.sd15 import SD15
@@ -593,7 +594,7 @@ DAMAGE = {
         lambda copy: (copy / SHARD).unlink(),
         f"1 of the 7 shards of the cache * are missing, first {SHARD}",
     ),
-    "shard of another cache": (
+    "shard of another kind": (
         lambda copy: shutil.copy(copy / PROMPTS, copy / SHARD),
         "is damaged (it holds {",
     ),
@@ -605,7 +606,7 @@ DAMAGE = {
         lambda copy: (copy / "cache.json").write_text('{"format": 1, '),
         "cache.json is damaged (Expecting",
     ),
-    "poor header": (lambda copy: (copy / "cache.json").write_text('{"format": 1}'), "it says nothing about family"),
+    "poor header": (lambda copy: (copy / "cache.json").write_text('{"format": 1}'), "is damaged, or was edited: "),
     "foreign header": (lambda copy: (copy / "cache.json").write_text('["x"]'), "is no header of a cache"),
 }
 
@@ -636,10 +637,30 @@ def test_header_of_a_newer_format_is_refused(sd15, source, copy):
         assert "has format 2, this version reads format 1" in text
 
 
-def test_edited_header_no_longer_vouches_for_its_shards(sd15, source, copy):
+def test_edited_header_is_refused(sd15, source, copy):
     edit_header(copy, compute_dtype="bfloat16")
     text = message(train, dpo(sd15), pairs(source, cache=str(copy)))
-    assert "belongs to another cache" in text
+    assert "cache.json is damaged, or was edited: its checksum does not agree" in text
+
+
+def test_no_flipped_bit_of_the_header_is_overlooked(copy):
+    file = copy / "cache.json"
+    content, expected = file.read_bytes(), read_header(copy)
+    for place in range(0, 8 * len(content), 11):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        found = None
+        with contextlib.suppress(ValueError):
+            found = read_header(copy)
+        assert found in (None, expected)  # the same after a bit of a blank
+
+
+def test_shard_of_another_cache_is_refused(sd15, source, copy, tmp_path):
+    other = fill(tmp_path / "other", dpo(sd15), pairs(source))
+    shutil.copy(other / PROMPTS, copy / PROMPTS)
+    text = message(train, dpo(sd15), pairs(source, cache=str(copy)))
+    assert f"{PROMPTS} belongs to another cache than cache.json beside it" in text
 
 
 @pytest.mark.parametrize(("name", "place"), [(SHARD, -700), (PROMPTS, -700)])
