@@ -127,8 +127,8 @@ class CacheFilling(LightningDataModule):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"The cache {folder} is a file; expected a folder, which need not exist yet.")
         if folder.is_dir() and not (folder / HEADER).is_file():
-            # What a command that is killed before it has written the header leaves behind.
-            known = (".*.part", "rows-*.json", "prompts.json")
+            # Scores, and what a command that is killed before it has written the header leaves behind.
+            known = ("scores", ".*.part", "rows-*.json", "prompts.json")
             foreign = [file.name for file in folder.iterdir() if not any(map(file.match, known))]
             if foreign:
                 raise ValueError(

@@ -709,6 +709,11 @@ def test_folder_of_other_things_is_not_filled(sd15, source, tmp_path):
     assert "is a file; expected a folder" in message(fill, tmp_path / "photos/cat.png", dpo(sd15), pairs(source))
 
 
+def test_scores_may_be_there_first(sd15, source, tmp_path):
+    (tmp_path / "cache/scores/pickscore").mkdir(parents=True)
+    fill(tmp_path / "cache", dpo(sd15), pairs(source))
+
+
 def test_no_folder_to_fill(sd15, source):
     with pytest.raises(ValueError, match="There is no folder to fill: give `--folder`"):
         CachingTrainer(**QUIET).cache(dpo(sd15), pairs(source))
