@@ -44,7 +44,7 @@ TAKEN = (
 )
 
 
-class Source(PickAPicDataModule):
+class _Source(PickAPicDataModule):
     """Any pairs that a run can be given, with the columns that are to be kept.
 
     Args:
@@ -220,11 +220,13 @@ def open_packing(source: str, settings: dict[str, Any]) -> Packing:
     """What `pack` makes of a source with these settings."""
     given = dict(settings)
     name, samples_per_shard = given.pop("name") or given["split"], given.pop("samples_per_shard")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"--name is {name!r}; expected letters, digits, - and _ : the keys of samples begin with it.")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
+        raise ValueError(
+            f"--name is {name!r}; expected up to 60 letters, digits, - and _ : the keys of samples begin with it."
+        )
     if samples_per_shard < 1:
         raise ValueError(f"--samples_per_shard is {samples_per_shard}; expected 1 or more.")
-    data = Source(source, **given | {"columns": PairColumns(**given["columns"])})
+    data = _Source(source, **given | {"columns": PairColumns(**given["columns"])})
     return Packing(data._open(given["split"]), name, data.extra, settings)
 
 

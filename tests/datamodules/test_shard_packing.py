@@ -320,8 +320,9 @@ def test_index_counts_what_is_unusable_and_unpack_can_leave_it_out(tmp_path, cap
 def test_settings_that_cannot_be(tmp_path):
     source = str(write_parquet(tmp_path / "train.parquet", 2, thumbnail=[b"a", b"b"], caption=[["a"], ["b"]]))
     for settings, message in (
-        ({"name": "a.b"}, r"--name is 'a\.b'; expected letters"),
-        ({"name": "../a"}, r"--name is '\.\./a'; expected letters"),
+        ({"name": "a.b"}, r"--name is 'a\.b'; expected up to 60 letters"),
+        ({"name": "../a"}, r"--name is '\.\./a'; expected up to 60 letters"),
+        ({"name": "a" * 61}, r"--name is 'a+'; expected up to 60 letters"),
         ({"samples_per_shard": 0}, r"--samples_per_shard is 0; expected 1 or more"),
         ({"keep": ["user"]}, r"no column 'user' to keep; found: caption, jpg_0"),
         ({"split": "test"}, r"unknown split 'test'"),
