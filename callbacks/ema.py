@@ -1,5 +1,7 @@
 """Exponential moving average of the trained weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,10 +13,10 @@ from torch import Tensor, nn
 class EMA(Callback):
     """Keeps an exponential moving average of the trained weights and puts it in their place whenever they are judged.
 
-    The average acts during validation, test and prediction, and from the end of the fit on, so that exports hold it.
-    Frozen weights are never copied: with adapters the average is as small as they are. Checkpoints hold the weights and
-    the average, and a resumed run repeats the uninterrupted one exactly. In a YAML, name it before the callbacks
-    that export.
+    The average acts during validation, test and prediction, while samples are drawn, and from the end of the fit on, so
+    that exports hold it. Frozen weights are never copied: with adapters the average is as small as they are.
+    Checkpoints hold the weights and the average, and a resumed run repeats the uninterrupted one exactly. In a YAML,
+    name it before the callbacks that export or draw.
 
     Args:
         decay: Share of the old average that an optimizer step keeps, in [0, 1). During the first steps it is smaller,
@@ -102,3 +104,16 @@ class EMA(Callback):
 
 def _trained(pl_module: LightningModule) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in pl_module.named_parameters() if weight.requires_grad}
+
+
+@contextmanager
+def average_acts(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Inside, the run's average acts as in a validation, where the run keeps one."""
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA) and not callback._set_aside]
+    for callback in averages:
+        callback._put_average_in_place(pl_module)
+    try:
+        yield
+    finally:
+        for callback in averages:
+            callback._put_weights_back(pl_module)

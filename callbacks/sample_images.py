@@ -24,6 +24,7 @@ class SampleImages(FixedPrompts):
         seed: Seed of the first prompt's starting noise; the next prompt has the next seed.
         num_inference_steps: Sampling steps. Null takes the backbone's.
         guidance_scale: Classifier-free guidance. Null takes the backbone's.
+        max_prompts: Draw only the first so many of the prompts, to bound the time.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class SampleImages(FixedPrompts):
         seed: int = 0,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        max_prompts: int | None = None,
     ) -> None:
-        super().__init__(prompts, every_n_steps, seed, num_inference_steps, guidance_scale)
+        super().__init__(prompts, every_n_steps, seed, num_inference_steps, guidance_scale, max_prompts)
 
     def start(self, trainer: pl.Trainer, pl_module: AlignmentModule, base_images: Tensor) -> None:
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"

@@ -24,6 +24,7 @@ class ScorePrompts(FixedPrompts):
         seed: Seed of the first prompt's starting noise; the next prompt has the next seed.
         num_inference_steps: Sampling steps. Null takes the backbone's.
         guidance_scale: Classifier-free guidance. Null takes the backbone's.
+        max_prompts: Draw only the first so many of the prompts, to bound the time.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class ScorePrompts(FixedPrompts):
         seed: int = 0,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        max_prompts: int | None = None,
     ) -> None:
-        super().__init__(prompts, every_n_steps, seed, num_inference_steps, guidance_scale)
+        super().__init__(prompts, every_n_steps, seed, num_inference_steps, guidance_scale, max_prompts)
         if not rewards:
             raise ValueError(
                 "rewards: there is none; expected a name and a reward, such as {match: {class_path: ...}}."
