@@ -133,7 +133,7 @@ class AlignmentModule(pl.LightningModule):
     # ---------------------------------------------------------------------------------------------------- building
 
     def configure_model(self) -> None:
-        """Load the backbone once, in the precision that the Trainer asks for; shard it under FSDP2.
+        """Load the networks once, in the precision that the Trainer asks for; shard the trained one under FSDP2.
 
         Raises:
             ValueError: if the data come from a cache that other encoders have filled.
@@ -143,17 +143,28 @@ class AlignmentModule(pl.LightningModule):
             if cache is not None:
                 cache.check_encoders(describe_encoders(self.backbone))
             return
-        # Adapters start from the run's seed: the same on every rank and in every repetition.
+        # New weights start from the run's seed: the same on every rank and in every repetition.
         root = self.trainer.strategy.root_device
         with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
             torch.manual_seed(batch_seed(self.run_seed, "initial weights", 0))
-            self.backbone.load(
-                compute_dtype(self.trainer), keep_reference=self.keep_reference, fingerprint=cache is not None
-            )
+            self.load_networks(fingerprint=cache is not None)
         if cache is not None:
             cache.check_encoders(describe_encoders(self.backbone))
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             self.backbone.shard(self.device_mesh)
+
+    def load_networks(self, fingerprint: bool) -> None:
+        """Read the weights. A method that trains another network than the backbone's loads both here.
+
+        Args:
+            fingerprint: As in `Backbone.load`.
+        """
+        self.backbone.load(compute_dtype(self.trainer), keep_reference=self.keep_reference, fingerprint=fingerprint)
+
+    @property
+    def trained_network(self) -> nn.Module:
+        """The network that the optimizer changes."""
+        return self.backbone.denoiser
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything that the optimizer may change."""
@@ -172,7 +183,7 @@ class AlignmentModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         parameters = list(self.trained_parameters().values())
         if not parameters:
-            raise ValueError("There is nothing to train: no parameter of the backbone requires a gradient.")
+            raise ValueError("There is nothing to train: no parameter requires a gradient.")
         optimizer = self.optimizer(parameters)
         if self.scale_lr:
             for group in optimizer.param_groups:
@@ -309,7 +320,7 @@ class AlignmentModule(pl.LightningModule):
                 parameter.grad = gradient
         self._pending_gradients = {}
         self._window = {name: value.to(self.device) for name, value in self._window.items()}
-        self.backbone.denoiser.train()
+        self.trained_network.train()
         if self._missed_validation is not None:
             self._validate_at(**self._missed_validation)
             self._missed_validation = None

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from datamodules.batches import ImageBatch, PairBatch
 from lightning_modules.backbones.lora_files import save_kohya_lora
 from lightning_modules.functional.latents import sample_posterior
-from lightning_modules.functional.noise import PredictionType, add_noise, draw_noise, regression_target, to_x0
+from lightning_modules.functional.noise import PredictionType, add_noise, draw_noise, guide, regression_target, to_x0
 
 # What diffusers, transformers and the hub raise on folders and ids that they cannot read.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -117,6 +117,7 @@ class Backbone(nn.Module):
         keep_reference: bool = False,
         weights: bool = True,
         fingerprint: bool = False,
+        frozen: bool = False,
     ) -> None:
         """Build the networks, freeze what is not trained, add the adapters.
 
@@ -130,6 +131,7 @@ class Backbone(nn.Module):
                 on the meta device.
             fingerprint: Fill `fingerprints` with a hash of the VAE's and of each text encoder's weights, by which a
                 cache of what they computed is recognised.
+            frozen: Train nothing of it: for methods whose trained network is another one.
 
         Raises:
             ValueError: if the pipeline cannot be read or is of another family.
@@ -146,13 +148,21 @@ class Backbone(nn.Module):
         encoders = ["vae", *self.text_encoder_names]
         if fingerprint:
             self.fingerprints = {name: fingerprint_of(getattr(self, name)) for name in encoders if hasattr(self, name)}
-        frozen = [*encoders, self.denoiser_name] if self.lora is not None else encoders
+        low = encoders if self.lora is None and not frozen else [*encoders, self.denoiser_name]
         if compute_dtype == torch.float16 and self.vae_overflows_float16:
-            frozen.remove("vae")
+            low.remove("vae")
             run_in_float32(self.vae)
-        for name in frozen:
+        for name in low:
             to_low_precision(getattr(self, name, None), compute_dtype)
 
+        if not frozen:
+            self._open_for_training(keep_reference, weights)
+        if self.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        self._after_load()
+
+    def _open_for_training(self, keep_reference: bool, weights: bool) -> None:
+        """Add the adapters, or let the whole denoiser train and keep its copy if asked."""
         if self.lora is not None:
             if self.lora.target_modules is None:
                 self.lora.target_modules = list(self.lora_targets)
@@ -170,9 +180,6 @@ class Backbone(nn.Module):
             self.denoiser.requires_grad_(True)
             if keep_reference:
                 self.keep_reference(weights)
-        if self.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
-        self._after_load()
 
     def keep_reference(self, weights: bool = True) -> None:
         """Keep a frozen copy of the starting denoiser at hand, for `reference`; adapters need none.
@@ -276,6 +283,10 @@ class Backbone(nn.Module):
         condition = Conditioning.cat([condition] * (len(images) // len(prompts)))
         return self.add_sizes(condition, batch)
 
+    def as_negative(self, empty: Conditioning) -> Conditioning:
+        """What guidance leads away from, given the conditioning of the empty prompt: that, unless a family differs."""
+        return empty
+
     def add_sizes(self, condition: Conditioning, batch: PairBatch | ImageBatch) -> Conditioning:
         """Add what a family is told about the sizes of the images; most are told nothing."""
         return condition
@@ -301,17 +312,19 @@ class Backbone(nn.Module):
         """
         return self.sample_latents(self.encode_moments(images))
 
-    def sample_latents(self, moments: Tensor) -> Tensor:
+    def sample_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw latents from the VAE's posterior.
 
         Args:
             moments: (N, 2C, h, w) mean and log-variance of each image, as the VAE's encoder gives them.
+            noise: (N, C, h, w) standard normal; drawn here if not given.
 
         Returns:
             (N, C, h, w) float32, shifted and scaled for the denoiser.
         """
         mean, logvar = moments.float().chunk(2, dim=1)
-        return sample_posterior(mean, logvar, draw_noise(mean), self.vae.config.scaling_factor, self.shift_factor)
+        noise = draw_noise(mean) if noise is None else noise
+        return sample_posterior(mean, logvar, noise, self.vae.config.scaling_factor, self.shift_factor)
 
     @property
     def shift_factor(self) -> float:
@@ -346,6 +359,21 @@ class Backbone(nn.Module):
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
         """The acting network's prediction, (B, C, h, w)."""
+
+    def predict_guided(
+        self, x_t: Tensor, t: Tensor, condition: Conditioning, negative: Conditioning, scale: float
+    ) -> Tensor:
+        """The acting network's prediction under classifier-free guidance, (B, C, h, w) float32; one call of 2B rows.
+
+        Args:
+            x_t: (B, C, h, w) noised latents.
+            t: (B,) timesteps.
+            condition: Of B prompts.
+            negative: Of B negative prompts, from `as_negative`.
+            scale: Of the guidance; 5 in SPO.
+        """
+        both = Conditioning.cat([negative, condition])
+        return guide(*self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2), scale)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Noised latents x_t and the network's target, both (B, C, h, w) float32."""

@@ -160,6 +160,12 @@ class SDXL(Backbone):
             embeds, pooled = embeds * full[:, None], pooled * full
         return Conditioning(prompt_embeds=embeds, pooled_prompt_embeds=pooled)
 
+    def as_negative(self, empty: Conditioning) -> Conditioning:
+        """Zeros instead of the encoded empty prompt, as SDXL's pipeline has it without a negative prompt."""
+        if not self.pipeline.config.get("force_zeros_for_empty_prompt", True):
+            return empty
+        return Conditioning({k: v if k == "time_ids" else torch.zeros_like(v) for k, v in empty.items()})
+
     def add_sizes(self, condition: Conditioning, batch: PairBatch | ImageBatch) -> Conditioning:
         """Add `time_ids` (N, 6): constant, or from the batch's original sizes and crops.
 

@@ -102,6 +102,18 @@ def to_epsilon(
     raise ValueError(f"Unknown prediction type {prediction_type!r}; known are epsilon, v_prediction and flow.")
 
 
+def guide(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv:2207.12598): negative + scale (positive - negative), float32 or better.
+
+    Args:
+        negative: (B, ...) prediction for the negative prompt, usually the empty one.
+        positive: (B, ...) prediction for the prompt.
+        scale: 1 is the prediction for the prompt alone.
+    """
+    negative, positive = at_least_float32(negative), at_least_float32(positive)
+    return negative + scale * (positive - negative)
+
+
 def per_sample_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each sample, the mean taken over all its elements: (B, ...) -> (B,), float32 or better.
 

@@ -19,9 +19,12 @@ class Reward(nn.Module):
 
     Attributes:
         differentiable: Whether gradients flow from the scores to the images.
+        takes_timestep: Whether `forward` takes, as its third argument, the (B,) timestep that each image was estimated
+            at; such images may overshoot [0, 1] as a decoder leaves them.
     """
 
     differentiable: bool = False
+    takes_timestep: bool = False
 
     def load(self, device: torch.device | None = None) -> None:
         """Read the weights if that has not been done; a reward without weights has nothing to do.
@@ -78,12 +81,21 @@ def score_each(reward: Reward, images: list[Tensor], prompts: list[str]) -> Tens
 
     Returns:
         (N,) float32 scores on the device of the images.
+
+    Raises:
+        ValueError: if the scorer does not give one score for each image.
     """
     scores = torch.empty(len(images), device=images[0].device)
     for size in dict.fromkeys(image.shape for image in images):
         which = [number for number, image in enumerate(images) if image.shape == size]
         pixels = torch.stack([images[number] for number in which]).float() / 255
-        scores[which] = reward(pixels, [prompts[number] for number in which])
+        answer = reward(pixels, [prompts[number] for number in which])
+        if answer.shape != (len(which),):
+            raise ValueError(
+                f"{type(reward).__name__}: the scores of {len(which)} images have shape {tuple(answer.shape)}; expected "
+                "one number for each image."
+            )
+        scores[which] = answer
     return scores
 
 
