@@ -170,7 +170,10 @@ class PromptList:
             if files := self._files(known, path):
                 return self._read_files(known, files)
             if self._from_hub:
-                return self._read_rows(known.hub, self.split or known.split)
+                try:
+                    return self._read_rows(known.hub, self.split or known.split)
+                except ValueError as error:
+                    raise self._unreachable(known, error) from error
         if path.suffix in (".txt", ".json", ".csv", ".tsv"):
             return self._read_file(path)
         if not path.exists() and "/" not in self.source and not path.suffix:
@@ -196,11 +199,14 @@ class PromptList:
         try:
             return [Path(hf_hub_download(known.hub, file, repo_type="dataset")) for file in known.files]
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"Prompts: {self.set_name} is not in the cache of the hub, and the hub's {known.hub} cannot be "
-                f"reached: {str(error).strip().splitlines()[0]} Get it ({known.where}) where there is a network, and "
-                f"give `source: <file or folder>` with `prompt_set: {self.set_name}`."
-            ) from error
+            raise self._unreachable(known, error) from error
+
+    def _unreachable(self, known: PromptSet, error: Exception) -> ValueError:
+        return ValueError(
+            f"Prompts: {self.set_name} is not in the cache of the hub, and the hub's {known.hub} cannot be reached: "
+            f"{str(error).strip().splitlines()[0]} Get it ({known.where}) where there is a network, and give "
+            f"`source: <file or folder>` with `prompt_set: {self.set_name}`."
+        )
 
     def _read_files(self, known: PromptSet, files: list[Path]) -> tuple[dict[str, list], Callable[[int], str]]:
         if known.group_of_file is None:
