@@ -128,7 +128,8 @@ def check_writable(folder: Path) -> None:
 
 def last_checkpoint(folder: Path) -> Path:
     """The newest checkpoint below runs/<name>, whichever version wrote it."""
-    found = [path for path in folder.glob("version_*/**/*.ckpt") if not path.is_relative_to(path / "checkpoint")]
+    # A kill between the removal of a checkpoint and the renewal of last.ckpt leaves that link without its file.
+    found = [path for path in folder.glob("version_*/**/*.ckpt") if path.exists()]
     if not found:
         raise FileNotFoundError(
             f"--ckpt_path last: there is no checkpoint below {folder}. Give the path of a .ckpt file, or leave the "

@@ -149,6 +149,14 @@ def test_last_is_the_newest_checkpoint_of_the_name():
     assert run_folder.last_checkpoint(Path("runs/run")).name == "step=2.ckpt"
 
 
+def test_last_passes_over_a_link_whose_checkpoint_is_gone():
+    folder = Path("runs/run/version_0/checkpoints")
+    folder.mkdir(parents=True)
+    (folder / "step=2.ckpt").write_bytes(b"")
+    (folder / "last.ckpt").symlink_to("step=1.ckpt")
+    assert run_folder.last_checkpoint(Path("runs/run")).name == "step=2.ckpt"
+
+
 def test_last_without_a_checkpoint_is_an_error(capsys: pytest.CaptureFixture):
     assert "there is no checkpoint below runs/run" in error_of(capsys, "--ckpt_path=last")
     assert LoggingModel.built == 0
