@@ -1,36 +1,26 @@
 """AI feedback: a reward decides which image of a pair is preferred, while training or before it."""
 
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig
 
 from datamodules.scores import labels_of
 from datamodules.transforms import decode_image
+from lightning_modules.backbones.sd15 import SD15
 from lightning_modules.diffusion_dpo import DiffusionDPO, second_is_better, swap_pairs
 from lightning_modules.rewards.base import Reward, score_each
 from lightning_modules.rewards.clip import CLIPScore
-from tests.datamodules.caches import dpo, pairs, train
+from tests.datamodules.caches import dpo, fill, pairs, train
 from tests.datamodules.files import encoded, write_parquet
+from tests.datamodules.scoring import Redness
 from tests.golden_cases import assert_golden, load_case
 from tests.pairs import RandomPairs
 from tests.rewards.tiny import TOY_CLIP
-
-
-class Redness(Reward):
-    """How red an image is; remembers what it was shown."""
-
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__()
-        self.weight = weight
-        self._seen: list[tuple[tuple[int, ...], str]] = []
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        self._seen += [(tuple(images.shape[1:]), prompt) for prompt in prompts]
-        return self.weight * images[:, 0].mean(dim=(1, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -78,13 +68,18 @@ def test_images_of_several_sizes_are_scored_in_their_order():
 
 # ---------------------------------------------------------------------------------------------- while the model trains
 
-STILL = {"horizontal_flip": False}  # nothing by which the two ways to relabel could draw other random numbers
 
-
-def feedback(sd15: Path, reward: Reward | None = None, **settings) -> DiffusionDPO:
-    module = dpo(sd15, **settings)
-    module.feedback = reward
-    return module
+def feedback(sd15: Path, reward: Reward, prompt_dropout: float = 0.3) -> DiffusionDPO:
+    """As `dpo`, whose labels people give."""
+    lora = LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian")
+    return DiffusionDPO(
+        SD15(str(sd15), lora=lora, num_inference_steps=2),
+        beta=100.0,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        prompt_dropout=prompt_dropout,
+        validation_draws=2,
+        feedback=reward,
+    )
 
 
 @pytest.mark.parametrize("case", ["pair_preprocess_0", "pair_preprocess_1", "pair_preprocess_2"])
@@ -132,9 +127,10 @@ def test_pairs_are_put_in_the_order_of_the_scores(sd15):
 
 def test_scorer_sees_whole_images_and_captions_that_are_not_dropped(sd15, source):
     reward = Redness()
-    module = feedback(sd15, reward)
-    module.prompt_dropout = 1.0
-    run = train(module, pairs(source, originals=True, augmentation="joint", random_crop=True, resolution=8))
+    run = train(
+        feedback(sd15, reward, prompt_dropout=1.0),
+        pairs(source, originals=True, augmentation="joint", random_crop=True, resolution=8),
+    )
     seen = {size for size, _ in reward._seen}
     assert seen == {tuple(image.shape) for batch in run.batches for image in batch["originals"]}
     assert {prompt for _, prompt in reward._seen} == {prompt for batch in run.batches for prompt in batch["prompts"]}
@@ -170,3 +166,28 @@ def test_reward_with_weights_leaves_no_trace_in_checkpoints(sd15, source):
     train(module, pairs(source, originals=True))
     assert any(name.startswith("feedback.network") for name, _ in module.named_parameters())
     assert not any(name.startswith("feedback") for name in module.trained_parameters())
+
+
+def test_feedback_without_the_stored_images(sd15, source, monkeypatch):
+    monkeypatch.setattr(SD15, "load", lambda *_, **__: pytest.fail("loaded the networks"))
+    with pytest.raises(ValueError, match=r"model.feedback judges images as they are stored.*originals: true"):
+        train(feedback(sd15, Redness()), pairs(source))
+
+
+def test_feedback_from_a_cache_of_moments(sd15, source, tmp_path):
+    folder = fill(tmp_path / "cache", dpo(sd15), pairs(source))
+    with pytest.raises(ValueError, match=r"have them scored once, by `python main.py cache --rewards`.*labels_from"):
+        train(feedback(sd15, Redness()), pairs(source, cache=str(folder)))
+
+
+def test_stored_images_without_feedback(sd15, source):
+    with pytest.raises(ValueError, match=r"this DiffusionDPO has none. Set `model.init_args.feedback`"):
+        train(dpo(sd15), pairs(source, originals=True))
+
+
+def test_wrong_weights_of_the_reward_stop_before_the_networks_are_loaded(sd15, source, tmp_path, monkeypatch):
+    shutil.copytree(TOY_CLIP, tmp_path / "clip")
+    (tmp_path / "clip/model.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr(SD15, "load", lambda *_, **__: pytest.fail("loaded the networks"))
+    with pytest.raises(ValueError, match=r"CLIPScore.pretrained"):
+        train(feedback(sd15, CLIPScore(str(tmp_path / "clip"))), pairs(source, originals=True))
