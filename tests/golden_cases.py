@@ -51,3 +51,11 @@ def assert_golden(method: str, case: str, **actual: Tensor | float) -> None:
             )
             if "mean_abs" in tolerance:
                 assert (value - expected[name]).abs().mean() <= tolerance["mean_abs"], f"{case}: {name}"
+
+
+def assert_within(tolerance: dict[str, float] | str, actual: Tensor, expected: Tensor) -> None:
+    """Compare with a manifest's tolerance: "exact", or an `rtol` and an `atol`."""
+    if tolerance == "exact":
+        assert torch.equal(actual.to(expected.dtype), expected), f"{actual} is not {expected}"
+    else:
+        torch.testing.assert_close(actual, expected.to(actual.dtype), **tolerance)

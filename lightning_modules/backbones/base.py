@@ -59,6 +59,8 @@ class Backbone(nn.Module):
         chunk_size: Images encoded, decoded or generated at once, to bound memory; the results do not depend on it.
         revision: Revision of `pretrained` on the hub.
         variant: Weight-file variant of `pretrained`, for example `fp16`.
+        scheduler: Class in diffusers that samples generated images instead of the checkpoint's own, for example
+            DDIMScheduler; it gets the settings of the checkpoint's. Training does not depend on it.
     """
 
     pipeline_class_name: ClassVar[str]  # in diffusers
@@ -80,6 +82,7 @@ class Backbone(nn.Module):
         chunk_size: int = 8,
         revision: str | None = None,
         variant: str | None = None,
+        scheduler: str | None = None,
     ) -> None:
         super().__init__()
         if chunk_size < 1 or num_inference_steps < 1:
@@ -105,6 +108,7 @@ class Backbone(nn.Module):
         self.chunk_size = chunk_size
         self.revision = revision
         self.variant = variant
+        self.scheduler = scheduler
         self.pipeline: Any = None
         self.compute_dtype = torch.float32
         self.fingerprints: dict[str, str] = {}
@@ -137,6 +141,7 @@ class Backbone(nn.Module):
             ValueError: if the pipeline cannot be read or is of another family.
         """
         self.compute_dtype = compute_dtype
+        scheduler = None if self.scheduler is None else scheduler_class(self.scheduler)
         self.pipeline = self.load_pipeline() if weights else self._build_pipeline()
         self.pipeline.set_progress_bar_config(disable=True)
         self.requires_grad_(False)
@@ -160,6 +165,8 @@ class Backbone(nn.Module):
         if self.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self._after_load()
+        if scheduler is not None:
+            self.pipeline.scheduler = scheduler.from_config(self.pipeline.scheduler.config)
 
     def _open_for_training(self, keep_reference: bool, weights: bool) -> None:
         """Add the adapters, or let the whole denoiser train and keep its copy if asked."""
@@ -332,6 +339,13 @@ class Backbone(nn.Module):
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of an image of the size that the model was made for."""
+        size = self.denoiser.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.denoiser.config.in_channels, height, width
+
+    @property
     def vae_overflows_float16(self) -> bool:
         """Whether the VAE's config says so; diffusers' default for configs that say nothing does not count."""
         config = self.vae.config
@@ -351,6 +365,14 @@ class Backbone(nn.Module):
     @abstractmethod
     def sample_timesteps(self, n: int) -> Tensor:
         """(n,) training timesteps on the backbone's device."""
+
+    @abstractmethod
+    def time_grid(self, num_steps: int) -> Tensor:
+        """(N + 1,) decreasing timesteps of N sampling steps: step i goes from the i-th to the next.
+
+        Raises:
+            ValueError: if the family cannot sample in so many steps.
+        """
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -673,6 +695,23 @@ def is_component(entry: Any) -> bool:
 def has_safety_checker(pipeline_class: Any) -> bool:
     """Whether a pipeline can hold the image filter, which is never used here."""
     return "safety_checker" in inspect.signature(pipeline_class.__init__).parameters
+
+
+def scheduler_class(name: str) -> Any:
+    """The scheduler of that name in diffusers.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin):
+        return found
+    raise ValueError(
+        f"backbone.scheduler: diffusers has no scheduler {name!r}; expected the name of a class, such as DDIMScheduler "
+        "or DPMSolverMultistepScheduler."
+    )
 
 
 def first_line(error: BaseException) -> str:

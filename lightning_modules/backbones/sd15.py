@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbones.base import Backbone, Conditioning
-from lightning_modules.backbones.stable_diffusion import clip_tokens, hold_schedule, training_schedule
+from lightning_modules.backbones.stable_diffusion import clip_tokens, ddim_grid, hold_schedule, training_schedule
 
 
 class SD15(Backbone):
@@ -30,6 +30,10 @@ class SD15(Backbone):
     def sample_timesteps(self, n: int) -> Tensor:
         """(n,) int64, uniform over the training timesteps."""
         return torch.randint(0, len(self.alphas), (n,), device=self.device)
+
+    def time_grid(self, num_steps: int) -> Tensor:
+        """(N + 1,) int64: DDIM's timesteps, the last step landing on 0."""
+        return ddim_grid(self, num_steps)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.alphas[t], self.sigmas[t]

@@ -10,7 +10,7 @@ from torch import Tensor
 from datamodules.batches import ImageBatch, PairBatch
 from lightning_modules.backbones.base import Backbone, Conditioning, is_component
 from lightning_modules.backbones.lora_files import sgm_names
-from lightning_modules.backbones.stable_diffusion import clip_tokens, hold_schedule, training_schedule
+from lightning_modules.backbones.stable_diffusion import clip_tokens, ddim_grid, hold_schedule, training_schedule
 
 SizeConditions = Literal["constant", "real"]
 Timesteps = Literal["auto", "uniform", "turbo", "turbo_published"]
@@ -201,6 +201,10 @@ class SDXL(Backbone):
             return torch.randint(0, len(self.alphas), (n,), device=self.device)
         draws = torch.randint(0, self.turbo_choices, (n,), device=self.device)
         return turbo_timesteps(draws, self.turbo_choices, len(self.alphas))
+
+    def time_grid(self, num_steps: int) -> Tensor:
+        """(N + 1,) int64: DDIM's timesteps, the last step landing on 0."""
+        return ddim_grid(self, num_steps)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.alphas[t], self.sigmas[t]

@@ -53,3 +53,29 @@ def hold_schedule(backbone: Backbone, alphas_cumprod: Tensor) -> None:
     backbone.num_timesteps = len(alphas_cumprod)
     for name, squares in (("alphas", alphas_cumprod), ("sigmas", 1 - alphas_cumprod)):
         backbone.register_buffer(name, squares.sqrt().float().to(backbone.device), persistent=False)
+
+
+def ddim_grid(backbone: Backbone, num_steps: int) -> Tensor:
+    """(N + 1,) int64 on the backbone's device: DDIM's timesteps for the checkpoint's schedule, then 0.
+
+    As in the published SPO the last step lands on timestep 0 of the schedule, whose noise is small but not none,
+    whatever `set_alpha_to_one` says.
+
+    Raises:
+        ValueError: if the schedule has no such steps.
+    """
+    from diffusers import DDIMScheduler
+
+    T = backbone.num_timesteps
+    if not 1 <= num_steps < T:
+        raise ValueError(f"{num_steps} sampling steps: expected 1 to {T - 1}, the schedule has {T} timesteps.")
+    scheduler = DDIMScheduler.from_config(backbone.pipeline.scheduler.config)
+    scheduler.set_timesteps(num_steps)
+    grid = torch.cat([scheduler.timesteps.cpu(), torch.zeros(1, dtype=torch.int64)])
+    if grid[0] >= T or grid[-2] < 1:
+        raise ValueError(
+            f"{num_steps} sampling steps: the checkpoint's scheduler ({backbone.pretrained!r}) puts them at "
+            f"{grid[0]} to {grid[-2]}, expected 1 to {T - 1}: its steps_offset should be 1 and its timestep_spacing "
+            "leading, as those of Stable Diffusion are."
+        )
+    return grid.to(backbone.device)

@@ -307,3 +307,31 @@ def test_adapters_on_layers_that_do_not_exist_are_refused(sd15):
 def test_counts_below_one_are_refused(sd15, setting):
     with pytest.raises(ValueError, match="both must be 1 or more"):
         SD15(str(sd15), **{setting: 0})
+
+
+def test_images_are_sampled_by_the_scheduler_that_is_asked_for(sd15):
+    own, ddim = load(sd15, num_inference_steps=3), load(sd15, num_inference_steps=3, scheduler="DDIMScheduler")
+    assert type(ddim.pipeline.scheduler).__name__ == "DDIMScheduler"
+    assert ddim.pipeline.scheduler.config.steps_offset == 1
+    assert not torch.equal(own.generate(["a ring"], [0]), ddim.generate(["a ring"], [0]))
+    with pytest.raises(ValueError, match="no scheduler 'DDIM'; expected the name of a class, such as DDIMScheduler"):
+        load(sd15, scheduler="DDIM")
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 20, 30, 500, 999])
+def test_time_grid_falls_from_noise_to_zero(num_steps, sd15):
+    grid = load(sd15).time_grid(num_steps)
+    assert len(grid) == num_steps + 1
+    assert (grid.diff() < 0).all()
+    assert grid[0] < 1000
+    assert grid[-1] == 0
+
+
+def test_time_grids_that_do_not_exist_are_refused(sd15, tmp_path):
+    backbone = load(sd15)
+    for number in (0, 1000):
+        with pytest.raises(ValueError, match="expected 1 to 999"):
+            backbone.time_grid(number)
+    backbone.pipeline.scheduler.register_to_config(steps_offset=0)
+    with pytest.raises(ValueError, match="steps_offset should be 1"):
+        backbone.time_grid(20)
