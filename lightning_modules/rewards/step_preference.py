@@ -10,8 +10,9 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from zipfile import is_zipfile
 
 import torch
@@ -228,6 +229,19 @@ def pixels_for_spm(
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 
+@dataclass(frozen=True)
+class ScoringPixels:
+    """The pixels of published SPO, from images in [0, 1]; see `pixels_for_spm`."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    antialias: bool
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return pixels_for_spm(2 * images - 1, "scoring", self.size, self.mean, self.std, self.antialias)
+
+
 # ----------------------------------------------------------------------------------------------------------- the files
 
 
@@ -252,6 +266,24 @@ def load_step_preference(
     fit_step_preference(option, file, network, untrained)
     tokenize = hf_tokenizer(option, processor or clip, network.config.text_config)
     return Towers(network, tokenize), hf_image_processor(option, processor or clip, network)
+
+
+def check_step_preference_sources(owner: str, weights: str | None, clip: str, processor: str) -> None:
+    """Stop early where `load_step_preference` would find nothing.
+
+    Args:
+        owner: Whose settings they are, for messages.
+        weights: As there.
+        clip: As there.
+        processor: As there.
+
+    Raises:
+        FileNotFoundError: naming the setting, the path, and what was expected there.
+    """
+    if weights is not None:
+        check_file(f"{owner}.weights", weights)
+    check_source(f"{owner}.clip", clip, "config.json")
+    check_source(f"{owner}.processor", processor, "preprocessor_config.json")
 
 
 def empty_network(option: str, clip: str) -> TimeConditionedCLIP:
@@ -371,16 +403,13 @@ class StepPreference(EmbeddingReward):
         chunk_size: int = 16,
     ) -> None:
         super().__init__("differentiable", precision, chunk_size)
-        if weights is not None:
-            check_file("StepPreference.weights", weights)
-        elif not allow_untrained:
+        check_step_preference_sources("StepPreference", weights, clip, processor)
+        if weights is None and not allow_untrained:
             raise ValueError(
                 "StepPreference.weights is null; expected the file of a step-aware preference model, such as "
                 "sd-v1-5_step-aware_preference_model.bin. To use a plain CLIP at every timestep, set allow_untrained: "
                 "true."
             )
-        check_source("StepPreference.clip", clip, "config.json")
-        check_source("StepPreference.processor", processor, "preprocessor_config.json")
         self.weights = weights
         self.clip = clip
         self.processor = processor
@@ -394,10 +423,8 @@ class StepPreference(EmbeddingReward):
             rank_zero_info(f"{self.weights} was trained on what {model} makes; use it with that model.")
         return built
 
-    def differentiable_preprocessing(self, published: Preprocessing) -> Any:
-        """The published pixels of SPO, from images in [0, 1]."""
-        size, mean, std = published.size, published.mean, published.std
-        return lambda images: pixels_for_spm(2 * images - 1, "scoring", size, mean, std, self.antialias)
+    def differentiable_preprocessing(self, published: Preprocessing) -> "ScoringPixels":
+        return ScoringPixels(published.size, published.mean, published.std, self.antialias)
 
     def forward(self, images: Tensor, prompts: list[str], t: Tensor | None = None) -> Tensor:
         """Score every image at its timestep.
