@@ -38,7 +38,7 @@ class ExportPipeline(pl.Callback):
     Args:
         every_n_steps: Export during training too, every so many optimizer steps. Null exports at the end only.
         formats: Layouts of a LoRA's file. "diffusers" is pytorch_lora_weights.safetensors, for `load_lora_weights`;
-            "kohya" is <name>.safetensors for ComfyUI, A1111 and sd-scripts. Null writes both.
+            "kohya" is <name>.safetensors for ComfyUI, A1111 and sd-scripts. Null writes those of the family.
         merged: Write a LoRA into `merged/` as well, added to the weights of a whole pipeline: for users without PEFT.
         dtype: Type of the exported weights.
         name: Name of kohya's file, which is how ComfyUI lists it. Null takes the run's name.
@@ -55,7 +55,7 @@ class ExportPipeline(pl.Callback):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps is {every_n_steps}; expected 1 or more optimizer steps, or null.")
         if formats is not None and not set(formats) <= {"diffusers", "kohya"} or formats == []:
-            raise ValueError(f"formats is {formats}; expected diffusers, kohya or both, or null for both.")
+            raise ValueError(f"formats is {formats}; expected diffusers, kohya or both, or null.")
         if dtype not in ("float32", "float16"):
             raise ValueError(f"dtype is {dtype!r}; expected float32 or float16.")
         if name is not None and (not re.fullmatch(r"\w[\w.-]*", name) or name.endswith(Path(LORA_FILE).stem)):
@@ -90,7 +90,7 @@ class ExportPipeline(pl.Callback):
         backbone = pl_module.backbone
         self.settings: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         if backbone.lora is not None:
-            formats = self.formats or ["diffusers", "kohya"]
+            formats = self.formats or backbone.lora_formats
             if "kohya" in formats:
                 backbone.kohya_modules()  # raises if there is no such layout of these adapters
             name = self.name or file_name(trainer.loggers[0].name if trainer.loggers else None)

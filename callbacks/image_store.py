@@ -92,6 +92,7 @@ def describe_policy(backbone: Backbone, hashes: dict[str, Any], reference: bool 
         "sampler": [type(backbone.pipeline.scheduler).__name__, plain_config(backbone.pipeline.scheduler.config)],
         "num_inference_steps": backbone.num_inference_steps,
         "guidance_scale": backbone.guidance_scale,
+        **backbone.pipeline_options,
         "diffusers": diffusers.__version__,
     }
 

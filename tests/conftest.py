@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tests.tiny import save_sd15, save_sdxl
+from tests.tiny import save_sd3, save_sd15, save_sdxl
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +41,9 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl_turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random pipeline with the scheduler of SDXL-Turbo."""
     return save_sdxl(tmp_path_factory.mktemp("sdxl_turbo"), turbo=True)
+
+
+@pytest.fixture(scope="session")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Stable Diffusion 3.5 (medium) pipeline."""
+    return save_sd3(tmp_path_factory.mktemp("sd3"))

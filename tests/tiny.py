@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -215,6 +215,115 @@ def save_sdxl(
         scheduler=scheduler,
     ).save_pretrained(folder)
     return folder
+
+
+def save_sd3(folder: Path | str, large: bool = False, image_size: int = 16, seed: int = 0) -> Path:
+    """Save a random Stable Diffusion 3.5 pipeline with `save_pretrained`.
+
+    As in the real one, the VAE has 16 channels, a shift and no convolutions around its latents, the medium
+    transformer's first block has a second attention, and the last block lets the text go. Latents are half the image's
+    size.
+
+    Args:
+        folder: Where the pipeline goes; made if absent.
+        large: With the large model's transformer, which has no second attention.
+        image_size: Height and width of the images; a multiple of 4.
+        seed: Seed of the weights; the global random state is left alone.
+
+    Returns:
+        The folder, ready for `from_pretrained`.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+
+    folder = Path(folder)
+    tokenizers = {"tokenizer_3": t5_tokenizer()}
+    for name, pad_token in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        tokenizers[name] = CLIPTokenizer.from_pretrained(save_clip_tokenizer(folder / name, pad_token=pad_token))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoders = {
+            name: CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    vocab_size=len(tokenizers[tokenizer]),
+                    hidden_size=width,
+                    intermediate_size=2 * width,
+                    num_hidden_layers=layers,
+                    num_attention_heads=2,
+                    projection_dim=width,
+                    hidden_act=activation,
+                    bos_token_id=tokenizers[tokenizer].bos_token_id,
+                    eos_token_id=tokenizers[tokenizer].eos_token_id,
+                    pad_token_id=tokenizers[tokenizer].pad_token_id,
+                    initializer_factor=4.0,  # with 1 all prompts look nearly the same
+                )
+            ).eval()
+            for name, tokenizer, width, layers, activation in (
+                ("text_encoder", "tokenizer", WIDTH, 2, "quick_gelu"),
+                ("text_encoder_2", "tokenizer_2", 2 * WIDTH, 3, "gelu"),
+            )
+        }
+        text_encoders["text_encoder_3"] = T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizers["tokenizer_3"]),
+                d_model=4 * WIDTH,
+                d_kv=WIDTH,
+                d_ff=4 * WIDTH,
+                num_layers=2,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+                is_encoder_decoder=False,
+            )
+        ).eval()
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(WIDTH, WIDTH),
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=2,
+            sample_size=image_size,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            force_upcast=True,
+        )
+        transformer = SD3Transformer2DModel(
+            sample_size=image_size // 2,
+            num_layers=2,
+            attention_head_dim=WIDTH,
+            num_attention_heads=2,
+            joint_attention_dim=4 * WIDTH,
+            caption_projection_dim=2 * WIDTH,
+            pooled_projection_dim=3 * WIDTH,
+            pos_embed_max_size=image_size // 2,
+            dual_attention_layers=() if large else (0,),
+            qk_norm="rms_norm",
+        )
+    StableDiffusion3Pipeline(
+        vae=vae,
+        **text_encoders,
+        **tokenizers,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)
+    return folder
+
+
+def t5_tokenizer() -> Any:
+    """A T5 tokenizer whose tokens are the printable ASCII characters."""
+    from transformers import T5Tokenizer
+
+    letters = [("\u2581", -2.0), *((chr(code), -2.0) for code in range(33, 127))]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=512)
 
 
 def save_clip_tokenizer(folder: Path | str, max_length: int = 77, pad_token: str = "<|endoftext|>") -> Path:

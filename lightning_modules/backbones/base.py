@@ -68,6 +68,8 @@ class Backbone(nn.Module):
     denoiser_class_name: ClassVar[str]  # in diffusers
     text_encoder_names: ClassVar[tuple[str, ...]]
     lora_targets: ClassVar[tuple[str, ...]]
+    lora_formats: ClassVar[tuple[str, ...]] = ("diffusers", "kohya")  # layouts of LoRA files that the family has
+    left_out: tuple[str, ...] = ()  # parts of the pipeline that are not loaded
     kohya_version: str  # what kohya's LoRA files call the base model, for example "sd_v1"
 
     def __init__(
@@ -156,7 +158,7 @@ class Backbone(nn.Module):
         low = encoders if self.lora is None and not frozen else [*encoders, self.denoiser_name]
         if compute_dtype == torch.float16 and self.vae_overflows_float16:
             low.remove("vae")
-            run_in_float32(self.vae)
+            run_in_float32(self.vae, "encode", "decode")
         for name in low:
             to_low_precision(getattr(self, name, None), compute_dtype)
 
@@ -409,6 +411,11 @@ class Backbone(nn.Module):
 
     # ------------------------------------------------------------------------------------------ images, artefacts
 
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        """What else the pipeline is told when it makes images."""
+        return {}
+
     @torch.no_grad()
     def generate(
         self,
@@ -444,6 +451,7 @@ class Backbone(nn.Module):
                         num_inference_steps=num_inference_steps or self.num_inference_steps,
                         guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
                         output_type="pt",
+                        **self.pipeline_options,
                     )
                 images.append(output.images.float().cpu())
         finally:
@@ -592,7 +600,7 @@ class Backbone(nn.Module):
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         pipeline_class = self._pipeline_class()
-        replaced = {}
+        replaced: dict[str, Any] = dict.fromkeys(self.left_out)
         options = {"revision": self.revision, "variant": self.variant, "use_safetensors": True, "dtype": torch.float32}
         folder = Path(self.pretrained)
         try:
@@ -631,7 +639,9 @@ class Backbone(nn.Module):
         folder = Path(self.pretrained)
         parts: dict[str, Any] = {}
         for name, entry in read_index(folder).items():
-            if name.startswith("_") or not is_component(entry):
+            if name in self.left_out or entry == [None, None]:
+                parts[name] = None
+            if name.startswith("_") or name in parts or not is_component(entry):
                 continue
             part_class = getattr({"diffusers": diffusers, "transformers": transformers}[entry[0]], entry[1])
             if issubclass(part_class, transformers.PreTrainedModel):
@@ -806,17 +816,22 @@ def save_pipeline(pipeline: Any, folder: Path, dtype: torch.dtype) -> None:
 def to_low_precision(module: nn.Module | None, dtype: torch.dtype) -> None:
     """Hold the matrices and convolutions of a frozen network in `dtype`; norms and embeddings stay float32.
 
-    Autocast would cast the same weights at every call, so the outputs are the same bit for bit.
+    Autocast would cast the same weights at every call, so the outputs are the same bit for bit. Layers that overflow
+    float16, as the network's own library knows (T5's output projections), stay and compute in float32 there.
     """
     if module is None or dtype == torch.float32:
         return
-    for layer in module.modules():
+    overflowing = (getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.to(dtype)
+            if name.rpartition(".")[2] in overflowing:
+                run_in_float32(layer, "forward")
+            else:
+                layer.to(dtype)
 
 
-def run_in_float32(vae: nn.Module) -> None:
-    """Have a VAE encode and decode in float32 whatever autocast says."""
+def run_in_float32(module: nn.Module, *methods: str) -> None:
+    """Have these methods of a network compute in float32 whatever autocast says."""
 
     def widened(method: Any) -> Any:
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -825,7 +840,8 @@ def run_in_float32(vae: nn.Module) -> None:
 
         return call
 
-    vae.encode, vae.decode = widened(vae.encode), widened(vae.decode)
+    for name in methods:
+        setattr(module, name, widened(getattr(module, name)))
 
 
 def fingerprint_of(module: nn.Module) -> str:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbones.base import Backbone, Conditioning
-from lightning_modules.backbones.stable_diffusion import clip_tokens, ddim_grid, hold_schedule, training_schedule
+from lightning_modules.backbones.stable_diffusion import ddim_grid, hold_schedule, text_tokens, training_schedule
 
 
 class SD15(Backbone):
@@ -22,7 +22,7 @@ class SD15(Backbone):
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """`prompt_embeds` (B, L, D): the text encoder's last hidden state after its final norm, no attention mask."""
-        tokens = clip_tokens(self.pipeline.tokenizer, prompts)
+        tokens = text_tokens(self.pipeline.tokenizer, prompts)
         with self.autocast():
             embeds = self.text_encoder(tokens.to(self.device))[0]
         return Conditioning(prompt_embeds=embeds)

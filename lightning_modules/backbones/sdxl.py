@@ -10,7 +10,7 @@ from torch import Tensor
 from datamodules.batches import ImageBatch, PairBatch
 from lightning_modules.backbones.base import Backbone, Conditioning, is_component
 from lightning_modules.backbones.lora_files import sgm_names
-from lightning_modules.backbones.stable_diffusion import clip_tokens, ddim_grid, hold_schedule, training_schedule
+from lightning_modules.backbones.stable_diffusion import ddim_grid, hold_schedule, text_tokens, training_schedule
 
 SizeConditions = Literal["constant", "real"]
 Timesteps = Literal["auto", "uniform", "turbo", "turbo_published"]
@@ -150,7 +150,7 @@ class SDXL(Backbone):
         """`prompt_embeds` (B, L, D1 + D2) of both encoders, `pooled_prompt_embeds` (B, P) of the second."""
         outputs = []
         for number in ("", "_2"):
-            tokens = clip_tokens(getattr(self.pipeline, f"tokenizer{number}"), prompts).to(self.device)
+            tokens = text_tokens(getattr(self.pipeline, f"tokenizer{number}"), prompts).to(self.device)
             with self.autocast():
                 outputs.append(getattr(self, f"text_encoder{number}")(tokens, output_hidden_states=True))
         embeds = join_hidden_states(outputs[0].hidden_states, outputs[1].hidden_states)

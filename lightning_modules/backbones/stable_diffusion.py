@@ -1,4 +1,4 @@
-"""What Stable Diffusion 1, 2 and XL have in common: CLIP's tokens and a discrete DDPM schedule."""
+"""What Stable Diffusion models have in common: text as tokens and, up to XL, a discrete DDPM schedule."""
 
 from typing import Any
 
@@ -9,9 +9,15 @@ from torch import Tensor
 from lightning_modules.backbones.base import Backbone
 
 
-def clip_tokens(tokenizer: Any, prompts: list[str]) -> Tensor:
-    """(B, L) int64 tokens of B prompts, cut and padded to the text encoder's window; a cut is announced."""
-    length = tokenizer.model_max_length
+def text_tokens(tokenizer: Any, prompts: list[str], length: int | None = None) -> Tensor:
+    """(B, L) int64 tokens of B prompts, cut and padded; a cut is announced.
+
+    Args:
+        tokenizer: CLIP's or T5's.
+        prompts: B prompts.
+        length: L. Null takes the text encoder's window.
+    """
+    length = length or tokenizer.model_max_length
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     for prompt, row in zip(prompts, tokens.tolist(), strict=True):
         # Only a prompt that fills the window can have been cut: its first end token is in the last slot.
