@@ -64,17 +64,13 @@ def load_baseline(kind: Kind, baseline: str, module: AlignmentModule) -> Backbon
         ValueError: if the weights cannot be read, or are of another model.
     """
     ours, path = module.backbone, Path(baseline).expanduser()
-    settings = {"num_inference_steps": ours.num_inference_steps, "guidance_scale": ours.guidance_scale}
-    source = {"pretrained": ours.pretrained, "denoiser": ours.denoiser_path, "vae": ours.vae_path}
-    source |= {"revision": ours.revision, "variant": ours.variant}
     weights = read_checkpoint(path, module) if kind == "checkpoint" else {}
+    backbone = without_weights(ours)
+    backbone.lora = copy.deepcopy(ours.lora) if kind == "checkpoint" else None
+    if kind == "pipeline":
+        backbone.pretrained = str(path) if path.is_dir() else baseline
+        backbone.denoiser_path = backbone.vae_path = backbone.revision = backbone.variant = None
     try:
-        backbone = type(ours)(
-            **({"pretrained": str(path) if path.is_dir() else baseline} if kind == "pipeline" else source),
-            lora=copy.deepcopy(ours.lora) if kind == "checkpoint" else None,
-            chunk_size=ours.chunk_size,
-            **settings,
-        )
         backbone.load(ours.compute_dtype)
     except ValueError as error:
         raise ValueError(f"baseline {baseline!r}: {error}") from error
@@ -85,6 +81,15 @@ def load_baseline(kind: Kind, baseline: str, module: AlignmentModule) -> Backbon
     backbone.requires_grad_(False)
     to_low_precision(backbone.denoiser, backbone.compute_dtype)
     return backbone.to(ours.device)
+
+
+def without_weights(backbone: Backbone) -> Backbone:
+    """A backbone with the same settings, not loaded."""
+    other = copy.copy(backbone)
+    other._modules, other._parameters, other._buffers = {}, {}, {}
+    other._non_persistent_buffers_set = set()
+    other.pipeline = None
+    return other
 
 
 def read_checkpoint(path: Path, module: AlignmentModule) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from callbacks.baselines import ImageFolder, kind_of, load_baseline
@@ -112,7 +111,7 @@ class Evaluation(pl.Callback):
         self.save_images = save_images
         self.baseline = baseline
         self.image_folder = image_folder
-        self.report: tuple[dict[str, Any], Path] | None = None
+        self.report: tuple[dict[str, Any], str, Path] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: AlignmentModule, stage: str) -> None:
         """Everything that can be wrong and is known before the model is loaded."""
@@ -124,6 +123,8 @@ class Evaluation(pl.Callback):
         self.kept = Path(self.image_folder).expanduser() if self.image_folder else runs / "images"
         for folder in (self.folder / "images" if self.save_images else self.folder, self.kept):
             check_writable(folder)
+        if trainer.datamodule is not None:
+            trainer.datamodule.test_dataloader()  # reads the prompts
         for reward in self.rewards.values():
             reward.load()
 
@@ -195,10 +196,6 @@ class Evaluation(pl.Callback):
         rows = gather_rows(self.rows, trainer.world_size)
         if not trainer.is_global_zero:
             return
-        rank_zero_info(
-            f"Evaluation: {made} images made, {len(rows) * len(self.painters) - made} were there; all are kept in "
-            f"{self.kept}"
-        )
         results = self.summarize(trainer, pl_module, rows)
         shown = [row for row in rows if "images" in row]
         columns = {role: torch.stack([row["images"][role] for row in shown]) for role in self.draw}
@@ -215,7 +212,8 @@ class Evaluation(pl.Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        self.report = results, self.folder / "grid.png"
+        there = len(rows) * len(self.painters) - made
+        self.report = results, f"{made} images made, {there} were there; {self.kept}", self.folder / "grid.png"
 
     def summarize(self, trainer: pl.Trainer, pl_module: AlignmentModule, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """What results.json holds."""

@@ -108,14 +108,15 @@ def results_page(results: dict[str, Any], shown: list[dict[str, Any]]) -> str:
     return "\n".join([*page, *markdown_table(header, rows), ""])
 
 
-def print_report(results: dict[str, Any], grid: Path) -> None:
-    """The table, and the path of the grid as the last line."""
+def print_report(results: dict[str, Any], images: str, grid: Path) -> None:
+    """The table, a line about the images, and the path of the grid as the last line."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="Base against tuned model", caption=Text(settings_line(results)), box=box.SIMPLE_HEAD)
+    title = "Tuned model" if results["baseline"]["kind"] == "none" else "Base against tuned model"
+    table = Table(title=title, caption=Text(settings_line(results)), box=box.SIMPLE_HEAD)
     for heading in HEADER:
         table.add_column(heading, justify="left" if heading == "reward" else "right")
     for row in table_cells(results):
@@ -124,4 +125,5 @@ def print_report(results: dict[str, Any], grid: Path) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     console.print(table)
+    print(images)
     print(grid, flush=True)

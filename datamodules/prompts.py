@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,11 @@ class PromptList:
 
     def read(self) -> list[str]:
         """The prompts, checked."""
-        return self.load().texts
+        return self.loaded.texts
 
-    def load(self) -> Prompts:
-        """The prompts with their groups, checked.
+    @cached_property
+    def loaded(self) -> Prompts:
+        """The prompts with their groups, read when they are first asked for, and checked.
 
         Raises:
             ValueError: if the source cannot be read, holds something else than prompts, or is another list than the
@@ -141,7 +143,7 @@ class PromptList:
 
     def loader(self, trainer: Trainer) -> DataLoader:
         """Every image once, over all ranks."""
-        samples = PromptSamples(self.load(), self.images_per_prompt, self.seed)
+        samples = PromptSamples(self.loaded, self.images_per_prompt, self.seed)
         return evaluation_loader(trainer, samples, self.batch_size, 0, collate_prompts)
 
     def _compare(self, known: PromptSet, about: dict[str, Any]) -> None:

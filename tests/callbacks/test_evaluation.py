@@ -19,7 +19,6 @@ from callbacks.statistics import bootstrap_interval, compare, means_by_group, wi
 from lightning_modules.rewards.base import Reward
 from tests.callbacks.runs import PROMPTS, Data, Redness, Undefined, logged, make_module, make_trainer
 
-
 ROLES = ("tuned", "base")
 
 

@@ -59,7 +59,7 @@ def test_the_hash_is_that_of_the_lines():
 @pytest.mark.parametrize("place", ["", "benchmark"])
 def test_hpdv2_is_four_files_sorted_by_style(place, tmp_path):
     save_hpdv2(tmp_path / "hpd" / place)
-    prompts = PromptList(str(tmp_path / "hpd"), prompt_set="hpdv2").load()
+    prompts = PromptList(str(tmp_path / "hpd"), prompt_set="hpdv2").loaded
     assert prompts.texts[800] == "concept-art 0"
     assert list(prompts.groups) == ["style"]
     assert [prompts.groups["style"].count(style) for style in STYLES] == [800] * 4
@@ -69,17 +69,17 @@ def test_hpdv2_is_four_files_sorted_by_style(place, tmp_path):
 
 def test_partiprompts_keeps_quotation_marks_and_both_sortings(tmp_path):
     for source in (save_partiprompts(tmp_path), tmp_path):
-        prompts = PromptList(str(source), prompt_set="partiprompts").load()
+        prompts = PromptList(str(source), prompt_set="partiprompts").loaded
         assert prompts.texts[7] == '"thing" 7'
         assert {name: len(set(values)) for name, values in prompts.groups.items()} == {"Category": 12, "Challenge": 11}
 
 
 def test_drawbench_is_a_table_or_a_bare_list(tmp_path):
-    prompts = PromptList(str(save_drawbench(tmp_path)), prompt_set="drawbench").load()
+    prompts = PromptList(str(save_drawbench(tmp_path)), prompt_set="drawbench").loaded
     assert prompts.texts[3] == '"a", 3'
     assert set(prompts.groups["Category"]) == {"Gary Marcus et al."}
     (tmp_path / "drawbench.json").write_text(json.dumps(prompts.texts))
-    bare = PromptList(str(tmp_path / "drawbench.json"), prompt_set="drawbench").load()
+    bare = PromptList(str(tmp_path / "drawbench.json"), prompt_set="drawbench").loaded
     assert (bare.texts, bare.groups) == (prompts.texts, {})
     assert bare.about["sha256"] == prompts.about["sha256"]
 
@@ -95,7 +95,7 @@ def test_pickapic_is_its_own_split_of_a_folder_or_any_list(tmp_path):
 
 def test_results_know_the_list(tmp_path, monkeypatch, caplog):
     file = save_partiprompts(tmp_path)
-    about = PromptList(str(file), prompt_set="partiprompts", max_prompts=10).load().about
+    about = PromptList(str(file), prompt_set="partiprompts", max_prompts=10).loaded.about
     assert about == {
         "source": str(file),
         "set": "partiprompts",
@@ -105,12 +105,12 @@ def test_results_know_the_list(tmp_path, monkeypatch, caplog):
         "used": 10,
     }
     monkeypatch.setitem(SETS, "partiprompts", replace(SETS["partiprompts"], sha256=about["sha256"]))
-    assert PromptList(str(file), prompt_set="partiprompts").load().about["as_published"] is True
+    assert PromptList(str(file), prompt_set="partiprompts").loaded.about["as_published"] is True
 
 
 def test_another_text_is_announced(tmp_path):
     with pytest.warns(UserWarning, match="as many prompts as partiprompts, but their text is not the published one"):
-        PromptList(str(save_partiprompts(tmp_path)), prompt_set="partiprompts").load()
+        PromptList(str(save_partiprompts(tmp_path)), prompt_set="partiprompts").read()
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_another_text_is_announced(tmp_path):
 def test_another_count_is_refused_unless_asked_for(name, save, tmp_path):
     source = str(save(tmp_path))
     with pytest.raises(ValueError, match=rf"holds \d+ prompts, but {name} has {COUNTS[name]}.*allow_other_count: true"):
-        PromptList(source, prompt_set=name).load()
+        PromptList(source, prompt_set=name).read()
     with pytest.warns(UserWarning, match="it is taken as it is"):
-        about = PromptList(source, prompt_set=name, allow_other_count=True).load().about
+        about = PromptList(source, prompt_set=name, allow_other_count=True).loaded.about
     assert about["set"] == name
     assert about["count"] != COUNTS[name]
 
@@ -135,12 +135,12 @@ def test_another_count_is_refused_unless_asked_for(name, save, tmp_path):
 def test_a_style_that_is_missing_is_named(tmp_path):
     (save_hpdv2(tmp_path / "hpd") / "photo.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"photo\.json does not exist"):
-        PromptList(str(tmp_path / "hpd"), prompt_set="hpdv2").load()
+        PromptList(str(tmp_path / "hpd"), prompt_set="hpdv2").read()
 
 
 def test_a_name_that_no_set_has_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="no prompt set of that name; the known ones are pickapic.*drawbench"):
-        PromptList("partipromts").load()
+        PromptList("partipromts").read()
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -149,7 +149,7 @@ def test_a_name_alone_means_the_hub_and_without_one_the_way_out_is_told(name, mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=f"{name} is not in the cache of the hub.*`prompt_set: {name}`"):
-        PromptList(name).load()
+        PromptList(name).read()
 
 
 def test_a_file_of_that_name_comes_before_the_hub(tmp_path, monkeypatch):
@@ -167,6 +167,6 @@ def test_a_set_is_read_from_the_hubs_cache(tmp_path, monkeypatch):
 
     save_hpdv2(tmp_path / "hpd")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    prompts = PromptList("hpdv2").load()
+    prompts = PromptList("hpdv2").loaded
     assert asked == [("zhwang/HPDv2", f"benchmark/{style}.json", "dataset") for style in STYLES]
     assert (prompts.about["set"], prompts.about["count"]) == ("hpdv2", 3200)

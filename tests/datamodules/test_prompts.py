@@ -66,7 +66,7 @@ def test_unicode_separators_may_stand_in_a_prompt(tmp_path):
 def test_images_of_a_prompt_have_seeds_of_their_own_that_do_not_depend_on_their_number(tmp_path):
     file = write(tmp_path / "p.csv", "caption,style\na,x\nb,y \n")
     one, two = (
-        list(PromptSamples(PromptList(file, groups=["style"]).load(), images_per_prompt, seed=3))
+        list(PromptSamples(PromptList(file, groups=["style"]).loaded, images_per_prompt, seed=3))
         for images_per_prompt in (1, 2)
     )
     assert one == [("a", 3, 0, {"style": "x"}), ("b", 4, 1, {"style": "y"})]
@@ -97,7 +97,7 @@ def test_a_hundred_thousand_prompts_are_read_in_a_few_seconds(suffix, tmp_path):
     }
     file = write(tmp_path / f"p.{suffix}", text[suffix])
     start = time.process_time()
-    samples = PromptSamples(PromptList(file).load(), 2, 0)
+    samples = PromptSamples(PromptList(file).loaded, 2, 0)
     assert time.process_time() - start < 5  # measured 0.6
     assert len(samples) == 200_000
     assert samples[-1] == ("thing number 99999", 1_099_999, 199_999, {})
