@@ -40,6 +40,8 @@ class PairColumns:
         model_0: Model that made the first image, for `dreamlike_pairs_only`.
         model_1: Model that made the second image.
         has_label: Whether somebody voted, for `require_label`.
+        pairs_per_prompt: Number of pairs with the same prompt (Pick-a-Pic: num_example_per_prompt); a pair then weighs
+            one over it. Null gives all pairs the weight 1.
     """
 
     caption: str = "caption"
@@ -50,6 +52,7 @@ class PairColumns:
     model_0: str = "model_0"
     model_1: str = "model_1"
     has_label: str = "has_label"
+    pairs_per_prompt: str | None = None
 
 
 PICKAPIC_COLUMNS = PairColumns()
@@ -91,18 +94,19 @@ class PairTable:
             drawn = np.sort(block_order(seed, 0, self.rows.shards[self.index], shuffle_shards=1)[:number])
         return replace(self, index=self.index[drawn], label_0=None if self.label_0 is None else self.label_0[drawn])
 
-    def relabel(self, split: str, scores: Scores, scale: float | None) -> "PairTable":
+    def relabel(self, split: str, scores: Scores, scale: float | None, threshold: float | None) -> "PairTable":
         """Labels by the scores of the images instead of those that people gave.
 
         Args:
             split: Name of the split.
             scores: Of its rows.
             scale: None for 1 and 0; see `labels_of`.
+            threshold: None for no ties; see `labels_of`.
         """
         if self.label_0 is None:
             raise ValueError(f"{self.summary}: labels_from is for pairs, but there is one image in a row.")
         found = scores.of(split, self)
-        label_0 = labels_of(found, scale)
+        label_0 = labels_of(found, scale, threshold)
         voted = (self.label_0 != 0.5) & (label_0 != 0.5)
         agree = ((self.label_0 > 0.5) == (label_0 > 0.5))[voted].mean() if voted.any() else np.nan
         equal = (found[:, 0] == found[:, 1]).sum()
@@ -137,6 +141,7 @@ class Samples(Dataset):
         cached: Where encoded images are, to give their moments instead of pixels.
         coin: Decide ties at every visit.
         originals: Give both images in stored order, and beside their views as they are stored.
+        bicubic: Resize as CLIP's image processor does; see `view_image`.
     """
 
     table: PairTable
@@ -149,6 +154,7 @@ class Samples(Dataset):
     cached: CachedRows | None = None
     coin: bool = False
     originals: bool = False
+    bicubic: bool = False
 
     def __len__(self) -> int:
         return len(self.table.index)
@@ -166,7 +172,9 @@ class Samples(Dataset):
         views = self.views(number, values, generator)
         label_0 = 1.0 if self.table.label_0 is None else float(self.table.label_0[number])
         label = 1.0 if label_0 == 0.5 and self.coin else max(label_0, 1.0 - label_0)
+        count = columns.pairs_per_prompt
         sample = {"views": views, "prompt": caption, "label": label, "id": rows.id(row)}
+        sample["weight"] = 1.0 if count is None or self.table.label_0 is None else 1.0 / values[count]
         if self.originals:
             sample |= {"label": label_0, "originals": [self.stored(number, values, which) for which in (0, 1)]}
         return sample if self.cached is None else sample | {"embedding": self.cached.cache.embedding(caption)}
@@ -191,7 +199,7 @@ class Samples(Dataset):
         if self.joint and len(order) == 2:
             views = view_pair_jointly(images[0], images[1], *augmentation)
             return [views[which] for which in order]
-        return [view_image(image, *augmentation) for image in images.values()]
+        return [view_image(image, *augmentation, bicubic=self.bicubic) for image in images.values()]
 
     def image(self, number: int, values: dict[str, Any], which: int) -> Image.Image:
         """A stored image of a row, decoded; it takes the place of its bytes in `values`.
@@ -237,7 +245,8 @@ def collate_images(samples: list[dict[str, Any]]) -> ImageBatch:
 def collate_pairs(samples: list[dict[str, Any]]) -> PairBatch:
     """Preferred images first."""
     label = torch.tensor([sample["label"] for sample in samples])
-    batch: PairBatch = {**collate_images(samples), "label": label, "weight": torch.ones_like(label)}
+    weight = torch.tensor([sample["weight"] for sample in samples])
+    batch: PairBatch = {**collate_images(samples), "label": label, "weight": weight}
     if "originals" in samples[0]:
         batch["originals"] = [sample["originals"][which] for which in (0, 1) for sample in samples]
     return batch
@@ -268,10 +277,12 @@ class PickAPicDataModule(ResumableDataModule):
             the image with the higher score is then preferred, whatever people said; at equal scores the first one.
             Pairs that people found equal are left out by `ties: drop` all the same; every other value keeps them.
         label_scale: With labels_from, labels are probabilities instead: sigmoid(label_scale x difference of scores).
+        label_threshold: With labels_from, the probabilities of label_scale (1 if not given) are rounded: a pair whose
+            images differ in them by no more than this is a tie, as published for SDXL's step preference model (0.1).
         relabel_validation: Validate on the labels of labels_from too. Otherwise on what people said.
         originals: Give training pairs in stored order, and with them the images as they are stored: what
             `DiffusionDPO.feedback` judges.
-        require_label: Leave out rows whose has_label is false.
+        require_label: Leave out rows whose has_label is false; "validation" leaves them out there only.
         dreamlike_pairs_only: Keep only pairs of which both images come from a model with "dream" in its name.
         max_train_samples: Train on so many pairs, drawn once with the seed of the run.
         max_val_samples: Validate on so many pairs, always the same ones.
@@ -279,6 +290,8 @@ class PickAPicDataModule(ResumableDataModule):
             supervised fine-tuning.
         random_crop: Crop training images anywhere instead of in the centre.
         horizontal_flip: Mirror half of the training images.
+        resize: "bilinear", as the scripts for diffusion models do; or "bicubic", as CLIP's image processor and with it
+            the training of the published step preference models do.
         augmentation: "separate" crops and flips the two images of a pair independently, as the published script does;
             "joint" resizes the second to the size of the first and treats both alike, as the LoRA SDXL example does.
         on_bad_row: "error" stops before training at a row with an impossible label, an empty caption or a missing
@@ -312,15 +325,17 @@ class PickAPicDataModule(ResumableDataModule):
         label_noise: float = 0.0,
         labels_from: str | None = None,
         label_scale: float | None = None,
+        label_threshold: float | None = None,
         relabel_validation: bool = False,
         originals: bool = False,
-        require_label: bool = False,
+        require_label: bool | Literal["validation"] = False,
         dreamlike_pairs_only: bool = False,
         max_train_samples: int | None = None,
         max_val_samples: int | None = None,
         preferred_only: bool = False,
         random_crop: bool = False,
         horizontal_flip: bool = True,
+        resize: Literal["bilinear", "bicubic"] = "bilinear",
         augmentation: Literal["separate", "joint"] = "separate",
         on_bad_row: Literal["error", "drop"] = "error",
         verify_images: bool = False,
@@ -360,10 +375,19 @@ class PickAPicDataModule(ResumableDataModule):
                         f"does not go with {name} ({value}). Leave out one of the two; with `labels_from`, images that "
                         "have been scored before decide it."
                     )
-        if labels_from is None and (label_scale is not None or relabel_validation):
+        if labels_from is None and (label_scale is not None or label_threshold is not None or relabel_validation):
             raise ValueError(
-                f"label_scale is {label_scale} and relabel_validation {relabel_validation}, but there are no scores "
-                "that labels could come from: set `labels_from`."
+                f"label_scale is {label_scale} (label_threshold {label_threshold}, relabel_validation "
+                f"{relabel_validation}), but there are no scores that labels could come from: set `labels_from`."
+            )
+        if label_threshold is not None and not (0 <= label_threshold < 1 and ties == "keep"):
+            raise ValueError(
+                f"label_threshold is {label_threshold} and ties {ties!r}; expected a difference of probabilities, in "
+                "[0, 1), and `ties: keep`, since it makes ties."
+            )
+        if resize not in ("bilinear", "bicubic") or (resize == "bicubic" and augmentation == "joint"):
+            raise ValueError(
+                f"resize is {resize!r} and augmentation {augmentation!r}; expected bilinear, or bicubic with separate."
             )
         if label_scale is not None and (not label_scale > 0 or preferred_only):
             raise ValueError(
@@ -382,6 +406,7 @@ class PickAPicDataModule(ResumableDataModule):
         self.label_noise = label_noise
         self.labels_from = labels_from
         self.label_scale = label_scale
+        self.label_threshold = label_threshold
         self.relabel_validation = relabel_validation
         self.originals = originals
         self.require_label = require_label
@@ -391,6 +416,7 @@ class PickAPicDataModule(ResumableDataModule):
         self.preferred_only = preferred_only
         self.random_crop = random_crop
         self.horizontal_flip = horizontal_flip
+        self.resize = resize
         self.augmentation = augmentation
         self.on_bad_row = on_bad_row
         self.verify_images = verify_images
@@ -456,7 +482,7 @@ class PickAPicDataModule(ResumableDataModule):
         """The training data, as the loader asks for them."""
         table = self._tables[self.split].sample(self.max_train_samples, self.run_seed)
         if self.scores is not None:
-            table = table.relabel(self.split, self.scores, self.label_scale)
+            table = table.relabel(self.split, self.scores, self.label_scale, self.label_threshold)
         if self.label_noise:
             table = table.turn_labels(self.label_noise, self.run_seed)
         return self._samples(self.split, table, self.random_crop, self.horizontal_flip, self.originals)
@@ -465,7 +491,7 @@ class PickAPicDataModule(ResumableDataModule):
         """The validation data, in the order of evaluation."""
         table = self._tables[self.validation_split].sample(self.max_val_samples, seed=0)
         if self.scores is not None and self.relabel_validation:
-            table = table.relabel(self.validation_split, self.scores, self.label_scale)
+            table = table.relabel(self.validation_split, self.scores, self.label_scale, self.label_threshold)
         return self._samples(self.validation_split, table, random_crop=False, horizontal_flip=False)
 
     def val_dataloader(self) -> DataLoader[PairBatch | ImageBatch] | list:
@@ -514,6 +540,7 @@ class PickAPicDataModule(ResumableDataModule):
             cached,
             self.ties == "coin",
             originals,
+            self.resize == "bicubic",
         )
 
     def _images(self, table: PairTable) -> list[str]:
@@ -578,7 +605,8 @@ class PickAPicDataModule(ResumableDataModule):
                 label_0 = label_0[chosen] if preferred_only else np.ones(chosen.sum())
             table = replace(table, index=table.index[chosen], label_0=label_0)
             joint = views["augmentation"] == "joint"
-            splits[split] = Samples(table, 0, self.resolution, False, flips, joint, preferred_only)
+            bicubic = self.resize == "bicubic"
+            splits[split] = Samples(table, 0, self.resolution, False, flips, joint, preferred_only, bicubic=bicubic)
         return splits, views
 
     def _views(self, table: PairTable) -> dict[str, Any]:
@@ -586,7 +614,8 @@ class PickAPicDataModule(ResumableDataModule):
         known = self.preferred_only and self.ties != "coin" and not self.label_noise and self.labels_from is None
         images = "single" if table.label_0 is None else "preferred" if known else "pairs"
         augmentation = "separate" if self.preferred_only else self.augmentation
-        return {"resolution": self.resolution, "crop": "centre", "augmentation": augmentation, "images": images}
+        views = {"resolution": self.resolution, "crop": "centre", "augmentation": augmentation, "images": images}
+        return views | ({"resize": "bicubic"} if self.resize == "bicubic" else {})
 
     def _open_cache(self) -> None:
         """Raise before the networks are loaded if the cache lacks anything that will be asked for."""
@@ -615,6 +644,7 @@ class PickAPicDataModule(ResumableDataModule):
             wanted += [columns.label_0] if columns.label_0 is not None else []
             wanted += [columns.model_0, columns.model_1] if self.dreamlike_pairs_only else []
             wanted += [columns.has_label] if self.require_label else []
+            wanted += [columns.pairs_per_prompt] if columns.pairs_per_prompt is not None else []
         if missing := [column for column in wanted if column not in found]:
             raise ValueError(
                 f"{name}: no column {', '.join(map(repr, missing))}; found: {', '.join(found)}. Say what the columns "
@@ -663,7 +693,8 @@ class PickAPicDataModule(ResumableDataModule):
             leave_out(bad, reason)
 
         label_0 = np.ones(len(rows))
-        if not single and self.require_label:
+        votes_only = self.require_label and (self.require_label != "validation" or split == self.validation_split)
+        if not single and votes_only:
             leave_out(rows.numbers(columns.has_label, missing=0.0) == 0.0, "without a vote")
         for reason, problems in rows.problems().items():
             reject(_mask(problems, rows), reason, problems.__getitem__)
@@ -681,6 +712,13 @@ class PickAPicDataModule(ResumableDataModule):
                 leave_out(label_0 == 0.5, "ties")
             elif self.ties == "first":
                 label_0 = np.where(label_0 == 0.5, 1.0, label_0)
+        if not single and (count := columns.pairs_per_prompt) is not None:
+            counts = rows.numbers(count, missing=np.nan)
+            reject(
+                ~(counts >= 1),
+                "with an impossible number of pairs",
+                lambda row: f"{count!r} is {counts[row]}, expected the number of pairs with this prompt, 1 or more",
+            )
         if not single and self.dreamlike_pairs_only:
             leave_out(~both_dreamlike(rows.column(columns.model_0), rows.column(columns.model_1)), "not dreamlike")
 

@@ -36,18 +36,22 @@ ROWS_AT_ONCE = 8
 SCORE_THEM = "Have them scored: `python main.py cache` with this config and `--rewards.<name> <class>`"
 
 
-def labels_of(scores: np.ndarray, scale: float | None = None) -> np.ndarray:
+def labels_of(scores: np.ndarray, scale: float | None = None, threshold: float | None = None) -> np.ndarray:
     """Labels of pairs by the scores of their images.
 
     Args:
         scores: (N, 2) of the first and the second stored image.
         scale: None prefers the image with the higher score, and at equal scores the first one, as the published code
             does; a number s gives the probability sigmoid(s (score_0 - score_1)).
+        threshold: Rounds these probabilities (s = 1 if None): 0.5 where those of the two images differ by no more.
 
     Returns:
         (N,) probability that the first image is the better one.
     """
     first, second = scores.astype(np.float64).T
+    if threshold is not None:
+        advantage = np.tanh(0.5 * (scale or 1.0) * (first - second))
+        return np.where(np.abs(advantage) > threshold, advantage > 0, 0.5)
     if scale is None:
         return np.where(second > first, 0.0, 1.0)
     return 0.5 * (1.0 + np.tanh(0.5 * scale * (first - second)))  # the sigmoid, without overflow

@@ -63,7 +63,12 @@ def crop_offsets(
 
 
 def view_image(
-    image: Image.Image, resolution: int, random_crop: bool, horizontal_flip: bool, generator: np.random.Generator
+    image: Image.Image,
+    resolution: int,
+    random_crop: bool,
+    horizontal_flip: bool,
+    generator: np.random.Generator,
+    bicubic: bool = False,
 ) -> View:
     """One RGB image by itself, as the published full script and the LoRA SD example treat it.
 
@@ -76,12 +81,15 @@ def view_image(
         random_crop: Crop anywhere instead of in the centre.
         horizontal_flip: Mirror half of the images.
         generator: Decides crop and flip.
+        bicubic: Resize bicubically, and round the place of a centre crop down, as CLIP's image processor does.
     """
     from torchvision.transforms import functional as F
 
     original_size = (image.height, image.width)
-    image = F.resize(image, resolution, F.InterpolationMode.BILINEAR)
+    image = F.resize(image, resolution, F.InterpolationMode.BICUBIC if bicubic else F.InterpolationMode.BILINEAR)
     top, left = crop_offsets(image.height, image.width, resolution, random_crop, generator)
+    if bicubic and not random_crop:
+        top, left = (image.height - resolution) // 2, (image.width - resolution) // 2
     view = F.crop(image, top, left, resolution, resolution)
     if horizontal_flip and generator.random() < 0.5:
         view, left = F.hflip(view), image.width - resolution - left
