@@ -501,6 +501,25 @@ class PickAPicDataModule(ResumableDataModule):
             return []
         return evaluation_loader(self.trainer, self.val_samples(), self.batch_size, self.num_workers, self._collate())
 
+    def pair_dataloader(self) -> DataLoader[PairBatch]:
+        """The validation pairs, both images of them also where training is on the preferred ones alone.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        samples = replace(self.val_samples(), preferred_only=False)
+        if samples.table.label_0 is None:
+            raise ValueError(f"{samples.table.summary}: there is one image in a row, and no pair to look at.")
+        collate = collate_pairs
+        if self.cached is not None:
+            if self.cached.header["views"]["images"] == "preferred":
+                raise ValueError(
+                    f"The cache {self.cached.folder} holds the preferred images only, and no pair to look at. Fill one "
+                    "with preferred_only: false; it serves both."
+                )
+            collate = partial(collate_cached, collate=collate_pairs, empty=self.cached.embedding(""))
+        return evaluation_loader(self.trainer, samples, self.batch_size, 0, collate)
+
     def test_dataloader(self) -> DataLoader[PromptBatch]:
         return self._prompt_loader()
 

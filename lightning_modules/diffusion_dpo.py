@@ -255,6 +255,11 @@ class DiffusionDPO(AlignmentModule):
             reference_error = per_sample_mse(self.backbone.predict(noised, t, condition), target)
         return error, reference_error
 
+    def pair_terms(self, error: Tensor, reference_error: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each pair with this run's settings, and what its sigmoid sees, beta/2 times the margin; each (B,)."""
+        loss, _ = diffusion_dpo_loss(error, reference_error, self.beta, self.loss_type)
+        return loss, 0.5 * self.beta * dpo_margin(error, reference_error)
+
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """The implicit reward as a classifier of held-out pairs: the sign of the mean margin over several draws."""
         latents = self.backbone.latents(batch)

@@ -130,14 +130,14 @@ def margin_by_quarter(margin: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
 
     Args:
         margin: (B,) margins.
-        t: (B,) timesteps, from 0 up to but not including `num_timesteps`.
+        t: (B,) timesteps from 0 to `num_timesteps`, integers or not.
         num_timesteps: Timesteps of the training schedule.
 
     Returns:
         (4,), the least noise first; the four add up to the mean. With uniform timesteps four times one of them is, on
         average, the mean of its quarter.
     """
-    quarter = (t * NUM_QUARTERS / num_timesteps).long()
+    quarter = (t * NUM_QUARTERS / num_timesteps).long().clamp(max=NUM_QUARTERS - 1)  # a flow's noise is at the end
     return torch.stack([(margin * (quarter == q)).mean() for q in range(NUM_QUARTERS)])
 
 
@@ -265,6 +265,11 @@ class DiffusionORPO(AlignmentModule):
     def loss_terms(self, error: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Supervised term, preference term and log-odds of each pair with this run's settings, each (B,)."""
         return diffusion_orpo_loss(error, self.log_odds, self.beta, label, self.rejected_error_limit)
+
+    def pair_terms(self, error: Tensor, reference_error: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Loss of each pair with this run's settings, and the log-odds that its sigmoid sees; each (B,)."""
+        supervised, preference, odds = self.loss_terms(error, torch.ones_like(error[: len(error) // 2]))
+        return supervised + preference, odds
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Loss on held-out pairs, and the error as their classifier: the sign of the mean margin over several draws."""

@@ -54,6 +54,10 @@ class DiffusionSFT(AlignmentModule):
         loss = self.denoising_loss(batch, batch["prompts"])
         self.log("val/loss", loss, batch_size=len(batch["prompts"]), sync_dist=True)
 
+    def pair_terms(self, error: Tensor, reference_error: Tensor | None) -> tuple[Tensor, None]:
+        """(B,) loss of each pair of which the preferred image is trained on; there is no preference term."""
+        return error.chunk(2)[0], None
+
     def denoising_loss(self, batch: ImageBatch, prompts: list[str]) -> Tensor:
         """Mean squared error of the prediction over a batch, the prompts perhaps dropped -> scalar float32."""
         latents = self.backbone.latents(batch)
