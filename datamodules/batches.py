@@ -48,3 +48,10 @@ class PromptBatch(TypedDict):
     seeds: list[int]  # B
     index: list[int]  # B: number of the image: position in the prompt list, times the images per prompt
     groups: NotRequired[list[dict[str, str]]]  # B: what sorts the prompts -> the group, e.g. {"Category": "Animals"}
+
+
+class TrainingPrompts(TypedDict):
+    """B prompts of which a method makes its own training images. A batch comes several times in a row."""
+
+    prompts: list[str]  # B
+    visit: int  # how often the batch has come before; 0 when it is new

@@ -212,7 +212,45 @@ class AlignmentModule(pl.LightningModule):
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.seed_batch("validate", batch_idx)
 
+    # ----------------------------------------------------------------------------------------- manual optimisation
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """None; the first place where the Trainer's settings can be compared with what manual optimisation needs.
+
+        Raises:
+            ValueError: if the Trainer is asked for what the method does itself.
+        """
+        if self.automatic_optimization:
+            return []
+        trainer, method = self.trainer, type(self).__name__
+        for name, unset in (("gradient_clip_val", None), ("accumulate_grad_batches", 1)):
+            if (value := getattr(trainer, name)) not in (unset, 0):
+                raise ValueError(f"trainer.{name} is {value}; {method} does this itself: set model.{name} instead.")
+        if any(getattr(callback, "_train_time_interval", None) for callback in trainer.checkpoint_callbacks):
+            raise ValueError(
+                f"ModelCheckpoint.train_time_interval: Lightning saves no checkpoints by time for {method}, which "
+                "steps its optimizer itself; use every_n_train_steps."
+            )
+        return []
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The first hook of a batch: let loggers count optimizer steps, which not every batch makes here."""
+        if self.trainer.training and not self.automatic_optimization:
+            loop = self.trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped = self.trainer.global_step
+            loop._results.reset()  # the metrics of earlier batches would be logged again
+        return batch
+
     # ----------------------------------------------------------------------------------------------------- logging
+
+    @property
+    def window_size(self) -> int:
+        """Micro-batches of the present optimizer step."""
+        return self.trainer.accumulate_grad_batches
+
+    def window_stays_open(self) -> bool:
+        """Whether the optimizer step comes after a later micro-batch than the present one."""
+        return self.trainer.fit_loop._should_accumulate()
 
     def log_window(self, metrics: dict[str, Tensor]) -> None:
         """Log the mean of each metric over the micro-batches and ranks of one optimizer step, without a host sync.
@@ -220,10 +258,10 @@ class AlignmentModule(pl.LightningModule):
         Args:
             metrics: Name -> scalar of this micro-batch; the name gets the prefix "train/".
         """
-        share = 1.0 / self.trainer.accumulate_grad_batches
+        share = 1.0 / self.window_size
         for name, value in metrics.items():
             self._window[name] = self._window.get(name, 0.0) + value.detach().float() * share
-        if self.trainer.fit_loop._should_accumulate():
+        if self.window_stays_open():
             return
         if self.trainer._logger_connector.should_update_logs:
             self._stop_on_non_finite(self._window)

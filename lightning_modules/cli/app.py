@@ -33,6 +33,7 @@ LIBRARY_NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"Found \d+ module\(s\) in eval mode at the start of training",
     r"The dirpath has changed from",
+    r"Using ModelCheckpoint with manual optimization and every_n_train_steps",  # after the step, as everywhere
 )
 
 

@@ -33,6 +33,8 @@ class RunLogger(CSVLogger):
         self._last: tuple[int | None, dict[str, Any]] | None = None
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if metrics.keys() <= {"epoch"}:  # a batch that logged nothing
+            return
         if (step, metrics) != self._last:  # written with the checkpoint
             super().log_metrics(metrics, step)
         self._last = step, dict(metrics)
