@@ -16,7 +16,10 @@ from PIL import Image
 from callbacks.evaluation import Evaluation, gather_rows, score_images
 from callbacks.evaluation_report import markdown
 from callbacks.statistics import bootstrap_interval, compare, means_by_group, wins
+from datamodules.prompt_sets import hash_of
+from datamodules.prompts import PromptDataModule, PromptList
 from lightning_modules.rewards.base import Reward
+from tests.callbacks.evaluation_run import tuned_module
 from tests.callbacks.runs import PROMPTS, Data, Redness, Undefined, logged, make_module, make_trainer
 
 ROLES = ("tuned", "base")
@@ -31,6 +34,11 @@ def pixels(file: Path) -> torch.Tensor:
     """(3, H, W) in [0, 1] of an image file."""
     with Image.open(file) as image:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def write(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
 
 
 def redness(file: Path) -> float:
@@ -108,6 +116,17 @@ def test_all_ties():
     result = compare(torch.ones(5), torch.ones(5), list("abcde"))
     assert (result["difference"], result["win_rate"]) == (0.0, 0.5)
     assert (result["difference_interval"], result["win_rate_interval"]) == ((0.0, 0.0), (0.5, 0.5))
+
+
+def test_ties_are_counted():
+    result = compare(torch.tensor([1.0, 2.0, 3.0, 3.0]), torch.tensor([1.0, 2.0, 0.0, 4.0]), ["a", "a", "b", "c"])
+    assert result["ties"] == pytest.approx(1 / 3)  # of three prompts
+    assert result["win_rate"] == 0.5  # tie, win, loss
+
+
+def test_without_a_baseline_there_is_a_mean_with_its_interval():
+    result = compare(torch.tensor([4.0, 2.0, 0.0]), None, ["a", "a", "b"])
+    assert result == {"tuned": 1.5, "tuned_interval": (0.0, 3.0)}
 
 
 def test_one_prompt_has_no_interval():
@@ -243,8 +262,102 @@ def test_a_score_that_is_no_number_stops_the_test_and_names_the_prompt(sd15, tmp
     assert not (Path(trainer.log_dir) / "evaluation/results.json").exists()
 
 
+class Odd(Reward):
+    """Scores of the wrong kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def score(self, images, prompts):
+        if self.kind == "raises":
+            raise ValueError("the scorer is ill")
+        return {
+            "infinite": torch.full((len(prompts),), float("-inf")),
+            "one": torch.zeros(1),
+            "square": torch.zeros(len(prompts), 2),
+        }[self.kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("infinite", "reward 'odd' scored an image of prompt 'a red circle' as -inf"),
+        ("one", r"reward 'odd' returned scores of shape \(1,\) for 2 images; expected .* \(2,\)"),
+        ("square", r"reward 'odd' returned scores of shape \(2, 2\) for 2 images"),
+        ("raises", "the scorer is ill"),
+    ],
+)
+def test_scores_of_another_kind_stop_the_test_at_the_first_batch(sd15, tmp_path, kind, message):
+    trainer = make_trainer(tmp_path, [Evaluation({"red": Redness(), "odd": Odd(kind)})])
+    with pytest.raises(ValueError, match=message):
+        trainer.test(make_module(sd15), datamodule=Data(), verbose=False)
+    assert len(list((tmp_path / "run" / "images").glob("*/*.png"))) == 4  # a batch of two, by base and tuned
+    assert not list((tmp_path / "run").glob("*/evaluation/*.*"))
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="rewards: there is none"):
         Evaluation({})
     with pytest.raises(ValueError, match="grid_rows is 0"):
         Evaluation({"red": Redness()}, grid_rows=0)
+
+
+# ------------------------------------------------------------------------------------------------- lists with groups
+
+
+@pytest.fixture(scope="module")
+def sorted_test(sd15, tmp_path_factory):
+    """An evaluation of six prompts sorted in two ways, two images each: its folder, and its rows."""
+    folder = tmp_path_factory.mktemp("sorted")
+    rows = ["thing,animals,easy", "beast,animals,hard", "fish,animals,easy", "car,a|b *c*,hard", "bus,a|b *c*,easy"]
+    (folder / "p.csv").write_text("\n".join(["prompt,Category,Challenge", *rows, ""]))
+    prompts = PromptList(str(folder / "p.csv"), groups=["Category", "Challenge"], images_per_prompt=2, batch_size=3)
+    trainer = make_trainer(folder, [Evaluation({"red": Redness()}, save_images=True)])
+    trainer.test(tuned_module(sd15), PromptDataModule(prompts), verbose=False)
+    return Path(trainer.log_dir) / "evaluation", [row.split(",") for row in rows]
+
+
+def test_groups_have_tables_of_their_own(sorted_test):
+    folder, rows = sorted_test
+    results = json.loads((folder / "results.json").read_text())
+    for name, column in (("Category", 1), ("Challenge", 2)):
+        groups = results["groups"][name]
+        assert list(groups) == list(dict.fromkeys(row[column] for row in rows))
+        for group, found in groups.items():
+            members = [i for i, row in enumerate(rows) if row[column] == group]
+            assert found["num_prompts"] == len(members)
+            scores = {
+                role: [fmean(redness(folder / f"images/{2 * i + k:05d}_{role}.png") for k in (0, 1)) for i in members]
+                for role in ROLES
+            }
+            for role in ROLES:
+                assert found["rewards"]["red"][role] == pytest.approx(fmean(scores[role]), abs=1e-6)
+    page = (folder / "results.md").read_text()
+    assert "## red by Category" in page
+    assert r"| a\|b \*c\* | 2 | " in page
+    assert page.count("| Challenge | prompts | base | tuned | difference | win rate |") == 1
+    with open(folder / "scores.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["group_Category"] for row in table[6:]] == ["a|b *c*"] * 4
+
+
+def test_results_say_which_list_it_was(sorted_test):
+    folder, rows = sorted_test
+    results = json.loads((folder / "results.json").read_text())
+    assert results["prompts"]["count"] == results["prompts"]["used"] == results["num_prompts"] == 5
+    assert results["prompts"]["sha256"] == hash_of([row[0] for row in rows])
+    assert results["num_images"] == 10
+    assert results["seeds"] == {"number": 10, "first": 0, "last": 1_000_004}
+    assert f"5 prompts (SHA-256 {results['prompts']['sha256'][:16]})" in (folder / "results.md").read_text()
+
+
+def test_precisions_make_images_of_their_own(sd15, tmp_path):
+    data = PromptDataModule(PromptList(str(write(tmp_path / "p.txt", "a\nb\n"))))
+    policies = []
+    for precision in ("32-true", "bf16-mixed"):
+        trainer = make_trainer(tmp_path, [Evaluation({"red": Redness()})], precision=precision)
+        trainer.test(make_module(sd15), data, verbose=False)
+        policies.append(json.loads((Path(trainer.log_dir) / "evaluation/results.json").read_text())["policy"])
+    assert policies[0] != policies[1]
+    assert len(list((tmp_path / "run" / "images").glob("*/*.png"))) == 8

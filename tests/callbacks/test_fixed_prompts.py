@@ -1,16 +1,21 @@
 """SampleImages and ScorePrompts: what they draw and log, and that training does not notice them."""
 
+import csv
 import os
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image, ImageChops
+from rich.progress import Progress
 
+from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
 from callbacks.export_pipeline import ExportPipeline
 from callbacks.fixed_prompts import read_prompts
@@ -46,6 +51,8 @@ def test_prompts_come_from_a_list_or_from_the_lines_of_a_file(tmp_path):
     file.write_text("a red circle\n  ein blaues Viereck: größer \n\n", encoding="utf-8")
     assert read_prompts(str(file)) == ["a red circle", "ein blaues Viereck: größer"]
     assert read_prompts(["a", "a", ""]) == ["a", "a", ""]
+    file.write_text("\ufeffa\u2028b\r\nc", encoding="utf-8")
+    assert read_prompts(str(file)) == ["a\u2028b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,8 @@ def test_prompts_come_from_a_list_or_from_the_lines_of_a_file(tmp_path):
         (b"one\n\ntwo\n", "line 2 of .* is blank"),
         (b"\n", "there is none"),
         (b"\xff\xfe", "not UTF-8"),
+        ("größer".encode("latin-1"), "not UTF-8"),
+        ("a\nb\n".encode("utf-16-le"), "line 1 of .* holds NUL characters: the file is probably UTF-16"),
         (None, "there is no file .*one prompt per line"),
     ],
 )
@@ -68,6 +77,8 @@ def test_a_bad_prompt_file_is_refused(tmp_path, content, message):
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="every_n_steps is 0"):
         SampleImages(PROMPTS, every_n_steps=0)
+    with pytest.raises(ValueError, match="max_prompts is 0"):
+        SampleImages(PROMPTS, max_prompts=0)
     with pytest.raises(ValueError, match="prompts: there is none"):
         SampleImages([])
     with pytest.raises(ValueError, match="rewards: there is none"):
@@ -142,6 +153,77 @@ def test_callbacks_with_the_same_prompts_draw_once(sd15, tmp_path, monkeypatch):
     assert drawn == [3] * 6
 
 
+# ------------------------------------------------------------------------------------------------ budget, bar, average
+
+
+def test_a_budget_takes_the_first_prompts_of_a_long_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"thing {i}\n" for i in range(100_000)))
+    assert SampleImages(str(file), max_prompts=2).prompts == ["thing 0", "thing 1"]
+    assert ScorePrompts({"red": Redness()}, PROMPTS, max_prompts=1).prompts == PROMPTS[:1]
+
+
+def test_a_large_share_of_time_is_announced_once(sd15, tmp_path, monkeypatch):
+    monkeypatch.setattr("callbacks.fixed_prompts.LONG", 0.0)
+    monkeypatch.setattr("callbacks.fixed_prompts.LARGE_SHARE", 0.0)
+    trainer = make_trainer(tmp_path, [SampleImages(PROMPTS, 1)], max_steps=3)
+    with pytest.warns(UserWarning, match="went into drawing") as caught:
+        trainer.fit(make_module(sd15), datamodule=Data())
+    told = [str(warning.message) for warning in caught if "went into drawing" in str(warning.message)]
+    assert len(told) == 1
+    assert "SampleImages: " in told[0]
+    assert "drawing 3 images every 1 steps. `max_prompts`" in told[0]
+
+
+def test_a_short_time_is_not_worth_a_word(sd15, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(tmp_path, [SampleImages(PROMPTS, 1)], max_steps=2)
+        trainer.fit(make_module(sd15), datamodule=Data())
+    assert not [warning for warning in caught if "went into drawing" in str(warning.message)]
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_the_progress_bar_shows_the_drawing_and_goes_on(sd15, tmp_path, monkeypatch, bar):
+    lines: list[tuple[str, int]] = []
+    update_task, update_line = Progress.update, Tqdm.update
+
+    def watch_task(self, task_id, *, advance=None, **settings):
+        lines.append((self._tasks[task_id].description, advance or 0))
+        update_task(self, task_id, advance=advance, **settings)
+
+    def watch_line(self, n=1):
+        lines.append((self.desc, n))
+        return update_line(self, n)
+
+    monkeypatch.setattr(Progress, "update", watch_task)
+    monkeypatch.setattr(Tqdm, "update", watch_line)
+    module, shown = make_module(sd15, chunk_size=2), bar()
+    trainer = make_trainer(tmp_path, [SampleImages(PROMPTS, 2), shown], enable_progress_bar=True)
+    trainer.fit(module, datamodule=Data())
+    drawn = [number for name, number in lines if name.startswith("Sampling") and number]
+    assert drawn == [2, 1] * 3  # at the start, and after steps 2 and 4
+    if bar is TQDMProgressBar:
+        assert shown.train_progress_bar.n == 4
+    assert trainer.global_step == 4
+
+
+def test_samples_and_scores_are_those_of_the_average(sd15, tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        [ema := EMA(decay=0.9), SampleImages(PROMPTS, 2), ScorePrompts({"red": Redness()}, PROMPTS, 2)],
+        max_steps=2,
+    )
+    module = make_module(sd15, lr=0.1)
+    trainer.fit(module, datamodule=Data())
+    average = module.backbone.generate(PROMPTS, [0, 1, 2])  # in place since the end of the fit
+    ema._put_weights_back(module)
+    weights = module.backbone.generate(PROMPTS, [0, 1, 2])
+    red, other = ((images[:, 0] - images[:, 1]).mean().item() for images in (average, weights))
+    assert logged(trainer, "val/red")[2] == pytest.approx(red, abs=1e-6)
+    assert abs(red - other) > 1e-4
+
+
 # ---------------------------------------------------------------------------------------------------------- the scores
 
 
@@ -202,6 +284,38 @@ def test_training_is_bit_equal_with_and_without_the_callbacks(sd15, tmp_path, lo
     assert watched_losses == losses
     assert watched_modes == modes
     assert all(torch.equal(weights[name], watched_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_metrics_of_training_are_bit_equal_with_and_without_validation(sd15, tmp_path, lora):
+    def run(name: str, callbacks: list[pl.Callback], **settings) -> tuple[dict, dict]:
+        pl.seed_everything(5, verbose=False)
+        module = make_module(sd15, lora, lr=1e-3)
+        trainer = make_trainer(tmp_path / name, callbacks, accumulate_grad_batches=2, **settings)
+        trainer.fit(module, datamodule=Data())
+        columns = read_metrics(trainer)
+        return {name: columns[name] for name in columns if name.startswith("train/")}, columns
+
+    plain, _ = run("plain", [])
+    validation = {"limit_val_batches": 3, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    watchers = [
+        EMA(0.9),
+        SampleImages(PROMPTS, 1),
+        ScorePrompts({"red": Redness()}, PROMPTS, 1, seed=4, num_inference_steps=3),
+    ]
+    watched, everything = run("watched", watchers, **validation, num_sanity_val_steps=2)
+    assert {"train/loss", "train/implicit_accuracy"} <= plain.keys()
+    assert watched == plain
+    assert len(plain["train/loss"]) == 4
+    assert len(everything["val/red"]) == 4
+    assert [name for name in everything if name.startswith("val/") and "red" not in name]
+
+
+def read_metrics(trainer: pl.Trainer) -> dict[str, dict[int, float]]:
+    """Column -> step -> value of metrics.csv."""
+    with open(Path(trainer.log_dir) / "metrics.csv", newline="") as file:
+        columns = next(csv.reader(file))
+    return {column: logged(trainer, column) for column in columns if column not in ("step", "epoch")}
 
 
 # ------------------------------------------------------------------------------------------------------------- loggers
