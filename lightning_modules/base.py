@@ -380,7 +380,9 @@ class AlignmentModule(pl.LightningModule):
         loop.val_loop.run()
         self.trainer.training = True
         epochs.completed, loop._batches_that_stepped = now
-        loop.val_loop.batch_progress, connector._first_loop_iter = batches, first
+        connector._first_loop_iter = first
+        if loop.restarting:  # in the middle of an epoch: now the Trainer counts these batches itself
+            loop.val_loop.batch_progress = batches
 
     def _check_room(self) -> None:
         """Stop before the first step when a checkpoint would not fit on the disk."""
