@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_modules.backbones.base import Backbone
+from lightning_modules.backbones.base import Backbone, absent_parts, read_index
 from lightning_modules.base import AlignmentModule
 
 # Largest difference of one forward pass, relative to its largest output. Both sides do the same operations on the same
@@ -172,7 +172,7 @@ def check_export(backbone: Backbone, folder: Path, call: DenoiserCall, dtype: to
         return network(*wide(inputs), **wide(keywords))[0]
 
     if backbone.lora is None:
-        whole = type(backbone.pipeline).from_pretrained(folder, dtype=torch.float32)
+        whole = open_pipeline(backbone, folder)
         compare(folder, run(whole), output, tolerance + rounding)
         return
     merged = folder / "merged"
@@ -186,7 +186,7 @@ def check_export(backbone: Backbone, folder: Path, call: DenoiserCall, dtype: to
         pipeline.unload_lora_weights()
     del pipeline
     if merged.exists():
-        whole = type(backbone.pipeline).from_pretrained(merged, dtype=torch.float32)
+        whole = open_pipeline(backbone, merged)
         compare(merged, run(whole, autocast=False), output_wide, TOLERANCE + rounding, FOLDING, base_wide)
 
 
@@ -244,6 +244,12 @@ def denoiser_call(backbone: Backbone) -> DenoiserCall:
     finally:
         handle.remove()
     return calls[0]
+
+
+def open_pipeline(backbone: Backbone, folder: Path) -> Any:
+    """The pipeline that was exported to a folder."""
+    absent = dict.fromkeys(absent_parts(read_index(folder)))
+    return type(backbone.pipeline).from_pretrained(folder, dtype=torch.float32, **absent)
 
 
 def load_lora(pipeline: Any, file: Path) -> None:

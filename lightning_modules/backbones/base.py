@@ -600,7 +600,6 @@ class Backbone(nn.Module):
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         pipeline_class = self._pipeline_class()
-        replaced: dict[str, Any] = dict.fromkeys(self.left_out)
         options = {"revision": self.revision, "variant": self.variant, "use_safetensors": True, "dtype": torch.float32}
         folder = Path(self.pretrained)
         try:
@@ -608,7 +607,9 @@ class Backbone(nn.Module):
                 folder = Path(hf_hub_download(self.pretrained, "model_index.json", revision=self.revision)).parent
         except LOADING_ERRORS as error:
             raise self._cannot_load(error) from error
-        self.check_parts(read_index(folder))
+        index = read_index(folder)
+        self.check_parts(index)
+        replaced: dict[str, Any] = dict.fromkeys([*self.left_out, *absent_parts(index)])
         try:
             if self.denoiser_path is not None:
                 replaced[self.denoiser_name] = load_component(
@@ -637,10 +638,9 @@ class Backbone(nn.Module):
         import transformers
 
         folder = Path(self.pretrained)
-        parts: dict[str, Any] = {}
-        for name, entry in read_index(folder).items():
-            if name in self.left_out or entry == [None, None]:
-                parts[name] = None
+        index = read_index(folder)
+        parts: dict[str, Any] = dict.fromkeys([*self.left_out, *absent_parts(index)])
+        for name, entry in index.items():
             if name.startswith("_") or name in parts or not is_component(entry):
                 continue
             part_class = getattr({"diffusers": diffusers, "transformers": transformers}[entry[0]], entry[1])
@@ -700,6 +700,11 @@ def read_index(folder: Path) -> dict[str, Any]:
 def is_component(entry: Any) -> bool:
     """Whether an entry of `model_index.json` names a part that is there: ["diffusers", "AutoencoderKL"]."""
     return isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None
+
+
+def absent_parts(index: dict[str, Any]) -> list[str]:
+    """The parts that a pipeline was saved without: diffusers reads some pipelines only if told of them."""
+    return [name for name, entry in index.items() if entry == [None, None]]
 
 
 def has_safety_checker(pipeline_class: Any) -> bool:

@@ -53,7 +53,8 @@ class SD3(Backbone):
         shift: Moves the noise levels of training toward noise; 1 leaves them. Null takes the checkpoint's (3 in the
             released models, for images of 1024 x 1024). Images are always made with the checkpoint's.
         t5: Load the third text encoder, T5-XXL: 4.8 billion weights, 9.5 GB in half precision. Without it zeros stand
-            in its place, in training and in images, and a pipeline that is exported has none.
+            in its place, in training and in images. A pipeline that is exported then has none: diffusers opens it with
+            `from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`.
         max_sequence_length: Tokens that T5 reads, up to 512; longer prompts are cut. The CLIP encoders read 77.
     """
 
