@@ -33,6 +33,10 @@ BACKBONES = {
         "class_path": "lightning_modules.backbones.sdxl.SDXL",
         "init_args": {"size_conditions": "real"},
     },
+    "StableDiffusion3Pipeline": {
+        "class_path": "lightning_modules.backbones.sd3.SD3",
+        "init_args": {"max_sequence_length": 32},
+    },
 }
 
 
@@ -154,7 +158,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_pairs(tmp_path / "data" / "train.parquet", 17)  # 14 without the ties
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "sd3"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lora", [True, False])
 def test_fit_saves_resumes_and_exports(method, family, lora, data, tmp_path, request):
@@ -176,12 +180,12 @@ def test_fit_saves_resumes_and_exports(method, family, lora, data, tmp_path, req
     source = DiffusionPipeline.from_pretrained(pretrained if lora else again / "export")
     if lora:
         source.load_lora_weights(again / "export", weight_name="pytorch_lora_weights.safetensors")
-    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     backbone = resumed.model.backbone
+    x, t = torch.randn(1, *backbone.latent_shape), torch.tensor([500])
     condition = backbone.encode_prompts(["a ring"])
     with torch.no_grad():
         ours = backbone.predict(x, t, condition)
-        backbone.pipeline.unet = source.unet
+        setattr(backbone.pipeline, backbone.denoiser_name, getattr(source, backbone.denoiser_name))
         theirs = backbone.predict(x, t, condition)
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
