@@ -21,7 +21,7 @@ from lightning_modules.base import AlignmentModule, batch_seed
 
 SATURATED = 0.05  # a pair whose gradient has less than this share of the largest one hardly moves the weights
 TIMESTEP_DRAWS = 2**16  # from which the share of every bucket in training is taken
-FACTS = ("error_preferred", "error_rejected", "reference_preferred", "reference_rejected", "product", "drift")
+FACTS = ("error_preferred", "error_rejected", "reference_preferred", "reference_rejected", "between", "drift")
 PAIRED = ("images", "moments", "original_sizes", "crops")  # what a batch holds of each image
 PairTerms = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
@@ -44,7 +44,7 @@ def gradient_norms(facts: dict[str, Tensor], pair_terms: PairTerms) -> Tensor:
     of the weights have 48, 26, 16, 7 and 3 % of the sum of norms at the start, and g has 37, 24, 19, 13 and 8 %.
 
     Args:
-        facts: FACTS by name, each (M,); `product` is the mean of (p_w - y_w)(p_l - y_l).
+        facts: FACTS by name, each (M,); `between` is the mean of ((p_w - y_w) - (p_l - y_l))^2.
         pair_terms: Of the method: errors (2M,), and those of the reference -> losses (M,).
 
     Returns:
@@ -56,8 +56,9 @@ def gradient_norms(facts: dict[str, Tensor], pair_terms: PairTerms) -> Tensor:
         error, reference = error.clone().requires_grad_(), reference.clone()
         loss, _ = pair_terms(error, None if reference.isnan().any() else reference)
         preferred, rejected = torch.autograd.grad(loss.sum(), error)[0].chunk(2)
-    square = preferred**2 * facts["error_preferred"] + rejected**2 * facts["error_rejected"]
-    return (square + 2 * preferred * rejected * facts["product"]).clamp(min=0).sqrt()
+    # |a x + b y|^2 = (a + b)(a |x|^2 + b |y|^2) - a b |x - y|^2, which for b = -a loses no digits.
+    square = (preferred + rejected) * (preferred * facts["error_preferred"] + rejected * facts["error_rejected"])
+    return (square - preferred * rejected * facts["between"]).clamp(min=0).sqrt()
 
 
 def panel_metrics(facts: dict[str, Tensor], shares: Tensor, pair_terms: PairTerms) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ def panel_metrics(facts: dict[str, Tensor], shares: Tensor, pair_terms: PairTerm
         Name -> (K + 1,) value of each bucket, and of all of them together as training mixes them. Without a reference,
         only those that need none.
     """
-    shape = facts["product"].shape
+    shape = facts["between"].shape
     changes = {side: facts[f"error_{side}"] - facts[f"reference_{side}"] for side in ("preferred", "rejected")}
     with_reference = not facts["reference_preferred"].isnan().any()
     if with_reference:
@@ -93,7 +94,7 @@ def panel_metrics(facts: dict[str, Tensor], shares: Tensor, pair_terms: PairTerm
     _, decision = pair_terms(errors, reference)
     pull = by_bucket(gradient_norms(flat, pair_terms))
     metrics = {
-        "accuracy": (0.5 + 0.5 * per_pair.sign()).mean(0),  # one half for a pair that is not ranked
+        "accuracy": (per_pair > 0).double().where(per_pair != 0, 0.5).where(~per_pair.isnan(), math.nan).mean(0),
         "margin": by_bucket(margin),
         "error_preferred": by_bucket(facts["error_preferred"]),
         "error_rejected": by_bucket(facts["error_rejected"]),
@@ -253,7 +254,7 @@ class LearningPanel(pl.Callback):
 
         torch.manual_seed(batch_seed(self.seed, "panel timesteps", 0))
         drawn = backbone.sample_timesteps(TIMESTEP_DRAWS).sort().values
-        bucket = (drawn * self.num_buckets / backbone.num_timesteps).long()
+        bucket = (drawn * self.num_buckets / backbone.num_timesteps).long().clamp(max=self.num_buckets - 1)
         counts = torch.bincount(bucket, minlength=self.num_buckets).cpu()
         self.trained = counts.nonzero().flatten().tolist()  # Turbo trains on few timesteps, and some buckets on none
         self.shares = (counts[self.trained] / TIMESTEP_DRAWS).double()
@@ -321,7 +322,7 @@ class LearningPanel(pl.Callback):
         for k, draw, chunk, prediction, target in self.predictions(pl_module.backbone):
             residual = prediction - target
             preferred, rejected = residual.chunk(2)
-            facts = [*mean_square(residual).chunk(2), None, None, (preferred * rejected).flatten(1).mean(1), None]
+            facts = [*mean_square(residual).chunk(2), None, None, mean_square(preferred - rejected), None]
             if self.references:
                 reference = next(references).to(target.device)
                 facts[2:4] = mean_square(reference - target).chunk(2)

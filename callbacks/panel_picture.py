@@ -113,9 +113,9 @@ def draw_panel(
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers, at most so many and one, that enclose a range: multiples of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        high = low + (abs(low) or 1.0)
     span = high - low
-    if not span > 0:
-        span = abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / most))
     step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
