@@ -6,10 +6,11 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.backbones.base import Backbone
+from lightning_modules.backbones.sd3 import SD3
 from lightning_modules.backbones.sd15 import SD15
 from lightning_modules.backbones.sdxl import SDXL
 from lightning_modules.diffusion_dpo import DiffusionDPO
-from tests.real_size import save_sd15_configs, save_sdxl_configs
+from tests.real_size import save_sd3_configs, save_sd15_configs, save_sdxl_configs
 
 
 def build(folder, lora: bool, family: type[Backbone] = SD15, **settings) -> DiffusionDPO:
@@ -26,7 +27,8 @@ def count_step(module: DiffusionDPO, from_pixels: bool, size: int = 512) -> floa
     images, ones = torch.empty(2, 3, size, size, device="meta"), torch.ones(1, device="meta")
     with FlopCounterMode(display=False) as counter:
         if not from_pixels:
-            module.backbone.encode_images = lambda images: torch.empty(2, 4, size // 8, size // 8, device="meta")
+            channels = module.backbone.latent_shape[0]
+            module.backbone.encode_images = lambda images: torch.empty(2, channels, size // 8, size // 8, device="meta")
         batch = {"images": images, "prompts": ["a"], "label": ones, "weight": ones}
         module.training_step(batch, 0).backward()
     return counter.get_total_flops() / 1e12
@@ -73,3 +75,10 @@ def test_real_size_sdxl_lora(sdxl_configs):
     total = sum(p.numel() for n, p in module.backbone.named_parameters() if "unet" in n or "denoiser" in n)
     assert total == 2_567_463_684 + 11_612_160  # one copy of the UNet
     assert 41 <= count_step(module, from_pixels=False, size=1024) <= 42  # below: a forward pass would be missing
+
+
+def test_real_size_sd35_medium_lora(tmp_path):
+    module = build(save_sd3_configs(tmp_path), lora=True, family=SD3)
+    assert sum(p.numel() for p in module.trained_parameters().values()) == 4_694_016
+    # DMDR's spec, 17: 11.0 for one image's forward pass with 205 text tokens, here 333; T5 reads a caption in 2.3.
+    assert 77 <= count_step(module, from_pixels=False, size=1024) <= 79  # below: a forward pass would be missing

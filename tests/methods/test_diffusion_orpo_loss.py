@@ -196,6 +196,11 @@ def test_the_quarters_of_the_timesteps_add_up_to_the_margin():
     assert (6 * quarters).tolist() == [3.0, 4.0, 8.0, 48.0]
 
 
+def test_quarters_of_a_flow_end_at_pure_noise():
+    quarters = margin_by_quarter(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.0, 249.9, 250.0, 1000.0]), 1000)
+    assert (4 * quarters).tolist() == [3.0, 4.0, 0.0, 8.0]
+
+
 # --------------------------------------------------------------------------------------------- the published programs
 
 
