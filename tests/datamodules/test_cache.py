@@ -18,6 +18,7 @@ from datamodules import cache_filling
 from datamodules.cache import Cache, changes, read_header
 from datamodules.pickapic_shards import PickAPicShardsDataModule
 from datamodules.toy_world.data import ToyPairs
+from lightning_modules.backbones.sd3 import SD3
 from lightning_modules.backbones.sd15 import SD15
 from lightning_modules.backbones.sdxl import SDXL
 from lightning_modules.cli.caching import CachingTrainer
@@ -59,7 +60,7 @@ def copy(filled, tmp_path) -> Path:
 
 
 # Rounding: the encoders saw other batches. Pixels encoded with another chunk_size differ as much (SDXL: weights 2e-5).
-LOSSES, WEIGHTS = 1e-5, 1e-4  # of losses near 0.7, and of weights that moved by 0.1
+LOSSES, WEIGHTS = 4e-5, 1e-4  # of losses near 0.7 (SD3 rounds most: its errors are near 4), of weights moved by 0.1
 
 
 def assert_same_run(cached, pixels):
@@ -78,6 +79,7 @@ FAMILIES = {
     "sd15": (SD15, {}),
     "sdxl": (SDXL, {"size_conditions": "constant"}),
     "sdxl real sizes, empty prompt zero": (SDXL, {"size_conditions": "real", "zero_empty_prompt": True}),
+    "sd3": (SD3, {"max_sequence_length": 32}),
 }
 
 
