@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 import torch.distributed
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from callbacks.evaluation import Evaluation
 from datamodules.prompts import PromptDataModule, PromptList
@@ -44,21 +45,28 @@ def record_noise(backbone: Backbone, noise: dict[int, torch.Tensor]) -> None:
     backbone.pipeline.prepare_latents = recording
 
 
-def evaluate(pipeline: Path, folder: Path, prompts: Path, batch_size: int, devices: int = 1, **settings) -> pl.Trainer:
+def evaluate(pipeline: Path, folder: Path, prompts: Path, batch_size: int, strategy: str = "auto") -> pl.Trainer:
     pl.seed_everything(5, verbose=False)
-    module, noise = tuned_module(pipeline), {}
-    record_noise(module.backbone, noise)
-    evaluation = Evaluation({"red": Redness()}, image_folder=str(folder / "images"), **settings)
-    strategy = "ddp" if devices > 1 else "auto"
-    trainer = make_trainer(folder, [evaluation], devices=devices, strategy=strategy)
+    noise: dict[int, torch.Tensor] = {}
+    if strategy == "fsdp2":  # which has to load and split the model itself
+        module = make_module(pipeline)
+    else:
+        module = tuned_module(pipeline)
+        record_noise(module.backbone, noise)
+    trainer = make_trainer(
+        folder,
+        [Evaluation({"red": Redness()}, image_folder=str(folder / "images"))],
+        devices=1 if strategy == "auto" else 2,
+        strategy=ModelParallelStrategy(2, 1) if strategy == "fsdp2" else strategy,
+    )
     trainer.test(module, PromptDataModule(PromptList(str(prompts), batch_size=batch_size)), verbose=False)
     torch.save(noise, folder / f"noise_{trainer.global_rank}.pt")
     return trainer
 
 
 def main() -> None:
-    pipeline, folder, prompts, batch_size, devices = sys.argv[1:]
-    evaluate(Path(pipeline), Path(folder), Path(prompts), int(batch_size), int(devices))
+    pipeline, folder, prompts, batch_size, strategy = sys.argv[1:]
+    evaluate(Path(pipeline), Path(folder), Path(prompts), int(batch_size), strategy)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
