@@ -85,8 +85,9 @@ class TarCache(ShardCache):
         if kept.exists() and not index_tar(path, self.members, shown(url)).tells_the_same(ShardIndex.load(kept)):
             kept.unlink()
             raise ValueError(
-                f"{shown(url)}: has other samples than its index says; it, or the index beside it, has been changed. Make "
-                "the index again, with `python -m datamodules.pickapic_shards index`, or delete it, and start again."
+                f"{shown(url)}: has other samples than its index says; it, or the index beside it, has been changed. "
+                "Make the index again, with `python -m datamodules.pickapic_shards index`, or delete it, and start "
+                "again."
             )
 
 

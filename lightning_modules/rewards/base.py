@@ -92,8 +92,8 @@ def score_each(reward: Reward, images: list[Tensor], prompts: list[str]) -> Tens
         answer = reward(pixels, [prompts[number] for number in which])
         if answer.shape != (len(which),):
             raise ValueError(
-                f"{type(reward).__name__}: the scores of {len(which)} images have shape {tuple(answer.shape)}; expected "
-                "one number for each image."
+                f"{type(reward).__name__}: the scores of {len(which)} images have shape {tuple(answer.shape)}; "
+                "expected one number for each image."
             )
         scores[which] = answer
     return scores
