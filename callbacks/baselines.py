@@ -151,7 +151,7 @@ class ImageFolder:
 
     Args:
         folder: Holds them as PNG, JPEG or WebP.
-        prompts: The prompt of each image that is needed, in order.
+        prompts: The prompt of each image that is needed, in order; None where it is not known.
         size: Height and width that every image must have, in pixels.
 
     Raises:
@@ -159,7 +159,7 @@ class ImageFolder:
             show (`predict` writes metadata.jsonl), made for other prompts.
     """
 
-    def __init__(self, folder: Path, prompts: list[str], size: tuple[int, int]) -> None:
+    def __init__(self, folder: Path, prompts: list[str] | list[None], size: tuple[int, int]) -> None:
         found = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES}
         names = [f"{index:05d}" for index in range(len(prompts))]
         self.folder = folder
@@ -177,16 +177,22 @@ class ImageFolder:
                 "in their order; `main.py predict` makes such a folder."
             )
 
-    def other_prompts(self, prompts: list[str]) -> list[str]:
+    def other_prompts(self, prompts: list[str] | list[None]) -> list[str]:
         metadata = self.folder / "metadata.jsonl"
         if not metadata.is_file():
             return []
-        rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").split("\n") if line]
-        made_for = {row["file_name"]: row.get("prompt") for row in rows}
+        try:
+            rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").split("\n") if line]
+            made_for = {row["file_name"]: row["prompt"] for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"baseline: {metadata} is not what `predict` writes, file_name and prompt of each image ({error!r}); "
+                "mend it, or delete it if the images are those of this test's prompts in their order."
+            ) from error
         return [
             f"{file.name} (for {made_for.get(file.name)!r:.60} instead of {prompt!r:.60})"
             for file, prompt in zip(self.files, prompts, strict=True)
-            if made_for.get(file.name) != prompt
+            if prompt is not None and made_for.get(file.name) != prompt
         ]
 
     def __call__(self, index: list[int]) -> Tensor:

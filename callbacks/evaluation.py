@@ -15,8 +15,8 @@ from torch import Tensor
 
 from callbacks.baselines import ImageFolder, kind_of, load_baseline
 from callbacks.evaluation_report import print_report, results_page
-from callbacks.grids import draw_grid, to_pil
-from callbacks.image_store import Painter, describe_policy, hash_weights, image_size
+from callbacks.grids import draw_grid
+from callbacks.image_store import Painter, describe_policy, hash_weights, image_size, write_image
 from callbacks.statistics import BOOTSTRAP_SEED, RESAMPLES, compare
 from datamodules.batches import PromptBatch
 from lightning_modules.base import AlignmentModule
@@ -188,7 +188,7 @@ class Evaluation(pl.Callback):
             self.rows.append(row)
             if self.save_images:
                 for role in images:
-                    to_pil(images[role][i]).save(self.folder / "images" / f"{index:05d}_{role}.png")
+                    write_image(self.folder / "images" / f"{index:05d}_{role}.png", images[role][i])
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: AlignmentModule) -> None:
         made = sum(painter.made for painter in self.painters.values())
@@ -214,6 +214,9 @@ class Evaluation(pl.Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
         there = len(rows) * len(self.painters) - made
         self.report = results, f"{made} images made, {there} were there; {self.kept}", self.folder / "grid.png"
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: AlignmentModule) -> None:
+        self.painters, self.draw = {}, {}  # a baseline's weights need not stay in memory
 
     def summarize(self, trainer: pl.Trainer, pl_module: AlignmentModule, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """What results.json holds."""

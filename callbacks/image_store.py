@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -128,17 +128,15 @@ def write_image(path: Path, image: Tensor) -> None:
     Raises:
         OSError: if it cannot be written, with what to do.
     """
-    part = None
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with open(part, "xb") as file:
             to_pil(image).save(file, format="PNG", compress_level=1)
         os.replace(part, path)
     except OSError as error:
-        if part is not None:
-            with suppress(OSError):
-                os.unlink(part)
+        with suppress(OSError):
+            part.unlink()
         raise OSError(
             f"could not write the image {path}: {error.strerror or error}. Those made so far are kept: make room, and "
             "run the same command again."

@@ -53,7 +53,8 @@ def draw_panel(
     Args:
         names: Of the K timestep buckets.
         metrics: Name -> (K + 1,) values now, of each bucket and of all together.
-        history: "step", and the values of all buckets together, at every validation so far.
+        history: "step", and the values of all buckets together, at every validation so far. The model that is its own
+            reference, at step 0, is added.
         shares: (K,) share of each bucket in training.
         number: Of the pairs.
     """
@@ -79,18 +80,21 @@ def draw_panel(
     else:
         heading = [f"{step}: the model denoises the preferred image better in {of_pairs}"]
     heading.append("By timestep: from little noise (left) to almost nothing but noise (right). Always the same noise.")
+    if not with_reference:
+        heading[1] += " Compare with the first picture: no copy of the starting weights is kept."
 
     guessing = {"unit": " %", "level": 50.0, "band": (50 - chance, 50 + chance)}
-    steps = {"x": history["step"], "kind": "lines", "across": "optimizer step"}
+    start = [0.0] if with_reference else []
+    steps = {"x": start + history["step"], "kind": "lines", "across": "optimizer step"}
     note = "pairs ranked as labelled; shaded: guessing"
     charts = [
-        Chart("Accuracy so far", note, series={"": so_far("accuracy", 100)}, **steps, **guessing),
+        Chart("Accuracy so far", note, series={"": [50.0] * len(start) + so_far("accuracy", 100)}, **steps, **guessing),
         Chart("Accuracy", note, names, {"": now("accuracy", 100)}, limits=(0, 100), **guessing),
     ]
     if with_reference:
         past = {s: [torch.tensor(history[f"{what}_{s}"]) for what in ("change", "error")] for s in sides}
         here = {s: [metrics[f"{what}_{s}"][:-1] for what in ("change", "error")] for s in sides}
-        past, here = ({s: relative(*values[s]) for s in sides} for values in (past, here))
+        past, here = {s: start + relative(*past[s]) for s in sides}, {s: relative(*here[s]) for s in sides}
         note, what = "it learns while preferred stays below rejected", "Error against the start"
         charts.append(Chart(f"{what} so far", note, series=past, unit=" %", **steps))
         charts.append(Chart(what, note, names, here, unit=" %"))

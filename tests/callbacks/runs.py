@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.batches import PromptBatch
 from datamodules.sampling import evaluation_loader
+from lightning_modules.backbones.sd3 import SD3
 from lightning_modules.backbones.sd15 import SD15
 from lightning_modules.backbones.sdxl import SDXL
 from lightning_modules.diffusion_dpo import DiffusionDPO
@@ -73,6 +74,7 @@ def make_module(
     if isinstance(lora, bool):
         lora = LoraConfig(r=2, lora_alpha=4) if lora else None
     family = SDXL if (folder / "text_encoder_2").is_dir() else SD15
+    family = SD3 if (folder / "transformer").is_dir() else family
     backbone = family(str(folder), lora=lora, num_inference_steps=2, **settings)
     return DiffusionDPO(backbone, beta=2000.0, optimizer=lambda p: optimizer(p, lr=lr))
 

@@ -54,7 +54,7 @@ def drawn(backbone: Backbone) -> torch.Tensor:
     return (backbone.generate(PROMPTS, [0, 1, 2, 3]) * 255).round().int()
 
 
-@pytest.fixture(scope="module", params=[("sd15", True), ("sd15", False), ("sdxl", True)], ids=str)
+@pytest.fixture(scope="module", params=[("sd15", True), ("sd15", False), ("sdxl", True), ("sd3", True)], ids=str)
 def run(request, tmp_path_factory):
     """A fitted run that has kept a checkpoint and an export: family, pipeline, whether LoRA, folder, its images."""
     family, lora = request.param
@@ -71,8 +71,8 @@ def run(request, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["checkpoint", "export", "kohya"])
 def test_a_runs_own_weights_come_back_from_its_files(run, tmp_path, kind):
     pipeline, lora, checkpoint, export, expected = run
-    if kind == "kohya" and not lora:
-        pytest.skip("a full fine-tuning has no LoRA")
+    if kind == "kohya" and not (export / "run.safetensors").exists():
+        pytest.skip("there is no such file of a full fine-tuning, nor of SD3")
     baseline = {"checkpoint": checkpoint, "export": export, "kohya": export / "run.safetensors"}[kind]
     found = compare(tuned_module(pipeline, lora=lora), tmp_path, str(baseline))
     assert found["baseline"]["kind"] == {"checkpoint": "checkpoint", "kohya": "lora"}.get(
@@ -186,6 +186,14 @@ def their_images(folder: Path, number: int = 4, size: tuple[int, int] = (16, 16)
                 )
             ),
             r"1 were made for other prompts: 00001\.png \(for 'nothing' instead of 'a blue square'\)",
+        ),
+        (
+            lambda folder: (folder / "metadata.jsonl").write_text("[1]\n"),
+            r"metadata\.jsonl is not what `predict` writes",
+        ),
+        (
+            lambda folder: (folder / "metadata.jsonl").write_bytes(b"\xff"),
+            r"metadata\.jsonl is not what `predict` writes",
         ),
     ],
 )
