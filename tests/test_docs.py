@@ -88,7 +88,7 @@ def commands(text: str) -> list[str]:
     """The arguments of every `main.py` command in a text, continuation lines joined."""
     text = re.sub(r"\\\n[#\s]*", "", text)
     launch = r"(?:python|srun python|torchrun [^\n`]*?) main\.py "
-    found = re.findall(launch + r"((?:fit|validate|test|predict|--)[^\n`#]*)", text)
+    found = re.findall(launch + r"((?:fit|validate|test|predict|cache|--)[^\n`#]*)", text)
     return [arguments.split("&&")[0].strip() for arguments in found]
 
 
