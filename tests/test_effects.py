@@ -77,6 +77,35 @@ def test_both_labels_raise_both(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_orpo_raises_vividness_more_than_fine_tuning_and_keeps_the_match(seed):
+    result, fine_tuned = evaluate("orpo", seed), evaluate("sft", seed)
+    assert result["vividness"]["win_rate"] >= 0.90
+    assert result["vividness"]["difference"] > 1.5 * fine_tuned["vividness"]["difference"]
+    assert result["match"]["difference"] >= -0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_published_sign_undoes_fine_tuning(seed):
+    """Without the term, with the published one, and with as much of it as of fine-tuning: the same draws each time."""
+    without = evaluate("orpo", seed, "--model.init_args.scale=1", "--model.init_args.beta=1e-6")
+    published = ["--model.init_args.variant=reference", "--model.init_args.scale=1"]
+    with_term, with_more = evaluate("orpo", seed, *published), evaluate("orpo", seed, *published, "--model.beta=1")
+    results = [result["vividness"]["difference"] for result in (without, with_term, with_more)]
+    assert results == sorted(results, reverse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("options", ["--model.variant=odds_ratio", "--model.variant=mapo"])
+def test_the_other_variants_with_the_right_sign_raise_vividness_too(options, seed):
+    result = evaluate("orpo", seed, options, "--model.scale=1")
+    assert result["vividness"]["win_rate"] >= 0.90
+    assert result["match"]["difference"] >= -0.03
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dpo", "dpo_full"])
 def test_flipped_labels_lose(recipe):
     result = evaluate(recipe, 0, "--data.init_args.label_noise=1.0")
