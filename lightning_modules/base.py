@@ -212,35 +212,6 @@ class AlignmentModule(pl.LightningModule):
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.seed_batch("validate", batch_idx)
 
-    # ----------------------------------------------------------------------------------------- manual optimisation
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """None; the first place where the Trainer's settings can be compared with what manual optimisation needs.
-
-        Raises:
-            ValueError: if the Trainer is asked for what the method does itself.
-        """
-        if self.automatic_optimization:
-            return []
-        trainer, method = self.trainer, type(self).__name__
-        for name, unset in (("gradient_clip_val", None), ("accumulate_grad_batches", 1)):
-            if (value := getattr(trainer, name)) not in (unset, 0):
-                raise ValueError(f"trainer.{name} is {value}; {method} does this itself: set model.{name} instead.")
-        if any(getattr(callback, "_train_time_interval", None) for callback in trainer.checkpoint_callbacks):
-            raise ValueError(
-                f"ModelCheckpoint.train_time_interval: Lightning saves no checkpoints by time for {method}, which "
-                "steps its optimizer itself; use every_n_train_steps."
-            )
-        return []
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The first hook of a batch: let loggers count optimizer steps, which not every batch makes here."""
-        if self.trainer.training and not self.automatic_optimization:
-            loop = self.trainer.fit_loop.epoch_loop
-            loop._batches_that_stepped = self.trainer.global_step
-            loop._results.reset()  # the metrics of earlier batches would be logged again
-        return batch
-
     # ----------------------------------------------------------------------------------------------------- logging
 
     @property
@@ -412,7 +383,7 @@ class AlignmentModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------ images for evaluation
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> PromptBatch:
-        """The batch: a callback (`callbacks/evaluation.py`) makes the images that are not there yet, and scores them."""
+        """The batch: a callback (`callbacks/evaluation.py`) makes the images that are not there, and scores them."""
         return batch
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -281,11 +282,28 @@ class SPO(AlignmentModule):
         self.pairs: Pairs = {}  # of this rank and round, not yet trained on
         self.prompts: list[str] = []  # of all ranks' pairs
         self.encoded: dict[str, Conditioning] = {}
+        self.rounds = 0  # begun
         self.accumulated = 0  # micro-batches since the last optimizer step
         self.rounds_without_pairs = 0
         self.tally = torch.zeros(num_steps, 4)  # pairs, margins, right ones, clipped ratios of each timestep
 
     # -------------------------------------------------------------------------------------------------- preparation
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """None; the first place where the Trainer's settings can be seen.
+
+        Raises:
+            ValueError: if the Trainer is asked for what the method does itself.
+        """
+        for name, unset in (("gradient_clip_val", (None, 0)), ("accumulate_grad_batches", (1,))):
+            if (value := getattr(self.trainer, name)) not in unset:
+                raise ValueError(f"trainer.{name} is {value}; SPO does this itself: set model.{name} instead.")
+        if any(getattr(callback, "_train_time_interval", None) for callback in self.trainer.checkpoint_callbacks):
+            raise ValueError(
+                "ModelCheckpoint.train_time_interval: Lightning saves no checkpoints by time for a method that steps "
+                "its optimizer itself; use every_n_train_steps."
+            )
+        return []
 
     def setup(self, stage: str) -> None:
         """Load the judge before the networks: a wrong weight file is told of at once.
@@ -330,8 +348,8 @@ class SPO(AlignmentModule):
             i = int(possible.logical_not().nonzero()[0])
             raise ValueError(
                 f"The step from timestep {self.grid[i]} to {self.grid[i + 1]} of {self.backbone.pretrained!r} has "
-                f"standard deviation {std[i]:.3g} and starts at signal {alpha[i]:.3g}; SPO needs both above 0. Models for "
-                "few steps, such as SDXL-Turbo, cannot be trained with it."
+                f"standard deviation {std[i]:.3g} and starts at signal {alpha[i]:.3g}; SPO needs both above 0. Models "
+                "for few steps, such as SDXL-Turbo, cannot be trained with it."
             )
 
     def visits_per_batch(self, batch_size: int) -> int:
@@ -360,6 +378,14 @@ class SPO(AlignmentModule):
         if not self.pairs_left:
             self.log_timesteps()
 
+    def on_before_batch_transfer(self, batch: TrainingPrompts, dataloader_idx: int) -> TrainingPrompts:
+        """The first hook of a batch: let loggers count optimizer steps, which not every batch makes."""
+        if self.trainer.training:
+            loop = self.trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped = self.trainer.global_step
+            loop._results.reset()  # the metrics of earlier batches would be logged again
+        return batch
+
     @torch.no_grad()
     def begin_round(self, prompts: list[str]) -> None:
         """Sample B prompts, pool the pairs of all ranks and deal them out."""
@@ -370,6 +396,7 @@ class SPO(AlignmentModule):
                 "settings a round has fewer micro-batches than they need."
             )
         self.encoded = {"": self.encoded[""]} if "" in self.encoded else {}
+        self.seed_batch("rollout", self.rounds)
         self.trained_network.eval()
         pairs, scores = self.sample(prompts)
         self.trained_network.train()
@@ -377,7 +404,8 @@ class SPO(AlignmentModule):
 
         pairs = {name: tensor.to(self.device) for name, tensor in pairs.items()}
         pairs, self.prompts = gather_pairs(pairs, prompts, world_size)
-        seed = batch_seed(self.run_seed, "pairs", self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        seed = batch_seed(self.run_seed, "pairs", self.rounds)
+        self.rounds += 1
         order = torch.randperm(len(pairs["t"]), generator=torch.Generator().manual_seed(seed))
         mine = share_of_rank(order, rank, world_size)
         self.pairs = {name: tensor[mine] for name, tensor in pairs.items()}
@@ -415,7 +443,7 @@ class SPO(AlignmentModule):
             ValueError: if it gives anything but one finite number for each image.
         """
         images, prompts_of_images = self.backbone.decode_latents(latents) / 2 + 0.5, prompts * self.candidates
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False):
             if self.judge.takes_timestep:
                 scores = self.judge(images, prompts_of_images, t.expand(len(images)))
             else:
@@ -576,6 +604,7 @@ class SPO(AlignmentModule):
         if self._trainer is None or not self.trainer.training:
             return
         about = checkpoint["limelight"]
+        about["rounds"] = self.rounds
         about["accumulated"] = self.accumulated
         about["rounds_without_pairs"] = self.rounds_without_pairs
         if self.pairs_left:
@@ -587,6 +616,7 @@ class SPO(AlignmentModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         about = checkpoint["limelight"]
+        self.rounds = about.get("rounds", 0)
         self.accumulated = about.get("accumulated", 0)
         self.rounds_without_pairs = about.get("rounds_without_pairs", 0)
         self.pairs = about.get("pairs", {})

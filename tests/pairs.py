@@ -56,3 +56,25 @@ class RandomPairs(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return self.loader(10**6)
+
+
+class WeightedPairs(RandomPairs):
+    """Row r of the run is a function of r alone, whatever batch size and ranks; every third one is a tie."""
+
+    def make_batch(self, k: int) -> PairBatch:
+        rows = range(k * self.batch_size, (k + 1) * self.batch_size)
+        sides = [[], []]
+        for row in rows:
+            generator = torch.Generator().manual_seed(row)
+            for side in sides:
+                side.append(torch.rand(3, self.image_size, self.image_size, generator=generator) * 2 - 1)
+        return super().make_batch(k) | {
+            "images": torch.stack(sides[0] + sides[1]),
+            "prompts": [PROMPTS[row % len(PROMPTS)] for row in rows],
+            "label": torch.tensor([0.5 if row % 3 == 2 else 1.0 for row in rows]),
+            "weight": torch.tensor([1.0 / (1 + row % 4) for row in rows]),
+            "ids": [f"row {row}" for row in rows],
+        }
+
+    def val_dataloader(self) -> DataLoader:
+        return self.loader(10**6 // self.trainer.world_size)

@@ -34,6 +34,7 @@ LIBRARY_NOISE = (
     r"Found \d+ module\(s\) in eval mode at the start of training",
     r"The dirpath has changed from",
     r"Using ModelCheckpoint with manual optimization and every_n_train_steps",  # after the step, as everywhere
+    r"You have overridden `on_before_batch_transfer`",
 )
 
 

@@ -18,7 +18,8 @@ from lightning_modules.backbones.sd15 import SD15
 from lightning_modules.cli.checkpoints import AtomicCheckpointIO
 from lightning_modules.diffusion_dpo import DiffusionDPO
 from lightning_modules.diffusion_orpo import DiffusionORPO
-from tests.pairs import RandomPairs
+from lightning_modules.step_preference_model import StepPreferenceModel
+from tests.pairs import RandomPairs, WeightedPairs
 
 
 class Spy(pl.Callback):
@@ -48,8 +49,17 @@ def main(settings: dict) -> None:
     folder = Path(settings["folder"])
     pl.seed_everything(settings.get("seed", 3), verbose=False)
     lora = LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian") if settings.get("lora", True) else None
-    method = {"dpo": partial(DiffusionDPO, beta=2000.0), "orpo": DiffusionORPO}[settings.get("method", "dpo")]
-    module = method(SD15(settings["pretrained"], lora=lora), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+    data = RandomPairs()
+    if settings.get("method") == "spm":
+        options = settings["options"] | {"clip": settings["clip"], "processor": settings["clip"]}
+        # SGD, since Adam would hide a gradient of another size.
+        module = StepPreferenceModel(
+            SD15(settings["pretrained"]), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options
+        )
+        data = WeightedPairs(settings.get("batch_size", 2))
+    else:
+        method = {"dpo": partial(DiffusionDPO, beta=2000.0), "orpo": DiffusionORPO}[settings.get("method", "dpo")]
+        module = method(SD15(settings["pretrained"], lora=lora), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
     strategy = {
         "auto": "auto",
         "ddp": "ddp",
@@ -62,7 +72,9 @@ def main(settings: dict) -> None:
         max_steps=settings["steps"],
         accumulate_grad_batches=settings["accumulate"],
         use_distributed_sampler=False,  # RandomPairs deals the batches to the ranks itself
-        limit_val_batches=0,
+        limit_val_batches=settings.get("val_batches", 0),
+        num_sanity_val_steps=0,
+        val_check_interval=settings.get("val_check_interval", 1.0),
         log_every_n_steps=1,
         logger=CSVLogger(folder, name="", version="log", flush_logs_every_n_steps=1),
         callbacks=[
@@ -73,7 +85,7 @@ def main(settings: dict) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=RandomPairs(), ckpt_path=settings.get("ckpt_path"), weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=settings.get("ckpt_path"), weights_only=True)
 
 
 if __name__ == "__main__":
