@@ -37,6 +37,9 @@ class OracleScores:
 def judge(images: Tensor, captions: list[str]) -> OracleScores:
     """Judge pictures against captions.
 
+    Nearly everything is read from masks, which are piecewise constant, so that only `vividness`, and `both` through it,
+    have a gradient in the pixels; it is that of the mean chroma of the coloured pixels.
+
     Args:
         images: (B, 3, S, S) in [0, 1].
         captions: B captions of the toy world.
@@ -46,7 +49,7 @@ def judge(images: Tensor, captions: list[str]) -> OracleScores:
     if len(images) != len(captions):
         raise ValueError(f"toy world: {len(images)} pictures but {len(captions)} captions; expected one each.")
     scenes = [parse(caption) for caption in captions]
-    images = images.detach().float().clamp(0, 1)
+    images = images.float().clamp(0, 1)
     B, device = len(images), images.device
     chroma, hue = _chroma_and_hue(images)
     colored = chroma > MIN_CHROMA
@@ -99,11 +102,11 @@ def judge(images: Tensor, captions: list[str]) -> OracleScores:
 
 
 def _chroma_and_hue(images: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, S, S) chroma in [0, 1], and the hue rounded to an index of `COLORS`."""
+    """(B, S, S) chroma in [0, 1], with gradient, and the hue rounded to an index of `COLORS`."""
     value, largest = images.max(1)
     chroma = value - images.min(1).values
-    red, green, blue = images.unbind(1)
-    divisor = chroma.clamp(min=1e-6)
+    red, green, blue = images.detach().unbind(1)
+    divisor = chroma.detach().clamp(min=1e-6)
     hue = torch.where(
         largest == 0,
         (green - blue) / divisor,
