@@ -19,6 +19,7 @@ ARROWS = {
     "lightning_modules.backbones": (
         "lightning_modules.backbones",
         "lightning_modules.functional",
+        "lightning_modules.weight_files",
         "datamodules.batches",
     ),
     "lightning_modules.rewards.toy_oracle": ("lightning_modules.rewards.base", "datamodules.toy_world"),
@@ -26,7 +27,7 @@ ARROWS = {
         "lightning_modules.rewards.base",
         "lightning_modules.rewards.network",
         "lightning_modules.rewards.towers",
-        "lightning_modules.rewards.checkpoints",
+        "lightning_modules.weight_files",
         "lightning_modules.rewards.preprocessing",
         "lightning_modules.functional",
     ),

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.rewards.checkpoints import check_file, check_sha256, check_source, read_weights
 from lightning_modules.rewards.network import NetworkReward, Precision, PreprocessingMode
 from lightning_modules.rewards.preprocessing import Preprocessing
 from lightning_modules.rewards.towers import Towers, load_hf_clip
+from lightning_modules.weight_files import check_file, check_sha256, check_source, read_weights
 
 PUBLISHED = "sac+logos+ava1-l14-linearMSE.pth"
 PUBLISHED_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"

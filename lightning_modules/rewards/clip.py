@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_modules.functional.scores import cosine_score
-from lightning_modules.rewards.checkpoints import check_source, find
 from lightning_modules.rewards.network import EmbeddingReward, Precision, PreprocessingMode
 from lightning_modules.rewards.preprocessing import Preprocessing
 from lightning_modules.rewards.towers import (
@@ -19,6 +18,7 @@ from lightning_modules.rewards.towers import (
     open_clip_config,
     read_json,
 )
+from lightning_modules.weight_files import check_source, find
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from lightning_modules.functional.scores import cosine_score, relative_score
 from lightning_modules.rewards.base import check_inputs
-from lightning_modules.rewards.checkpoints import check_file
 from lightning_modules.rewards.network import EmbeddingReward, Precision, PreprocessingMode
 from lightning_modules.rewards.preprocessing import Preprocessing
 from lightning_modules.rewards.towers import load_open_clip, open_clip_config
+from lightning_modules.weight_files import check_file
 
 
 class HPSv2(EmbeddingReward):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_modules.rewards.checkpoints import build_empty, check_file, check_source, find, fit, read_weights
 from lightning_modules.rewards.network import NetworkReward, Precision, PreprocessingMode
 from lightning_modules.rewards.preprocessing import Preprocessing
+from lightning_modules.weight_files import build_empty, check_file, check_source, find, fit, read_weights
 
 # By which the published code normalises what the head says; the mean and spread over its data.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072

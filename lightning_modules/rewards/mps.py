@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.functional.scores import cosine_score
-from lightning_modules.rewards.checkpoints import build_empty, check_file, check_source, find, fit, read_weights
 from lightning_modules.rewards.network import EmbeddingReward, Precision, PreprocessingMode
 from lightning_modules.rewards.preprocessing import Preprocessing
 from lightning_modules.rewards.towers import empty_hf_clip, hf_image_processor, hf_tokenizer
+from lightning_modules.weight_files import build_empty, check_file, check_source, find, fit, read_weights
 
 # Words of the overall preference, from the published evaluation code.
 OVERALL = (

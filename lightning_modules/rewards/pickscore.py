@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from lightning_modules.functional.scores import cosine_score
-from lightning_modules.rewards.checkpoints import check_source
 from lightning_modules.rewards.network import EmbeddingReward, Precision, PreprocessingMode
 from lightning_modules.rewards.preprocessing import Preprocessing
 from lightning_modules.rewards.towers import load_hf_clip
+from lightning_modules.weight_files import check_source
 
 
 class PickScore(EmbeddingReward):

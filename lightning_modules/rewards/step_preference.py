@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from lightning_modules.functional.noise import at_least_float32
 from lightning_modules.functional.scores import cosine_score
 from lightning_modules.rewards.base import check_inputs
-from lightning_modules.rewards.checkpoints import build_empty, check_file, check_source, find, fit, read_weights
 from lightning_modules.rewards.network import EmbeddingReward, Precision
 from lightning_modules.rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from lightning_modules.rewards.towers import HF_WEIGHTS, Towers, empty_hf_clip, hf_image_processor, hf_tokenizer
+from lightning_modules.weight_files import build_empty, check_file, check_source, find, fit, read_weights
 
 PixelMode = Literal["training", "scoring"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_modules.rewards.checkpoints import build_empty, find, fit, read_weights
 from lightning_modules.rewards.preprocessing import Preprocessing, from_hf_processor
+from lightning_modules.weight_files import build_empty, find, fit, read_weights
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 OPEN_CLIP_CONFIG = "open_clip_config.json"

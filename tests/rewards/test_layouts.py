@@ -7,9 +7,9 @@ import torch
 from transformers import CLIPConfig
 
 from lightning_modules.rewards import image_reward, mps
-from lightning_modules.rewards.checkpoints import build_empty
 from lightning_modules.rewards.mps import MPSNetwork
 from lightning_modules.rewards.towers import empty_hf_clip, empty_open_clip, open_clip_config
+from lightning_modules.weight_files import build_empty
 from tests.rewards.tiny import image_reward_layout, mps_layout
 
 Layout = dict[str, tuple[int, ...]]

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from lightning_modules.rewards.checkpoints import build_empty
 from lightning_modules.rewards.step_preference import (
     StepPreference,
     TimeConditionedCLIP,
@@ -25,6 +24,7 @@ from lightning_modules.rewards.step_preference import (
     pixels_for_spm,
     sinusoid,
 )
+from lightning_modules.weight_files import build_empty
 from tests.golden_cases import GOLDEN, load_case
 from tests.rewards.tiny import TOY_CLIP, random_images, save_hf_clip
 
