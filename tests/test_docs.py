@@ -12,12 +12,13 @@ import pytest
 from jsonargparse import Namespace
 
 from lightning_modules.cli.parser import LimelightParser
+from lightning_modules.cli.schema import import_rooms
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DPO_PAGE = ROOT / "cli_configs/dpo/README.md"
 ORPO_PAGE = ROOT / "cli_configs/orpo/README.md"
-PAGES = [README, *sorted(ROOT.glob("cli_configs/*/README.md"))]
+PAGES = [README, *sorted(ROOT.glob("cli_configs/*/*.md"))]
 RECIPES = sorted(ROOT.glob("cli_configs/**/*.yaml"))
 ROOMS = ("lightning_modules", "datamodules", "callbacks", "cli_configs")
 
@@ -66,6 +67,7 @@ class ParseOnly(LimelightParser):
 def parse(arguments: str) -> Namespace:
     """The config of a command line, given without the program's name; a mistake in it fails the test."""
     words = [recipe_of_run(word) for word in shlex.split(arguments)]
+    import_rooms()  # as main.py does, so that a class is found by its short name
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr("sys.argv", ["main.py"])
