@@ -78,17 +78,21 @@ class PromptStream(ResumableDataModule):
     def setup(self, stage: str) -> None:
         """Read the training prompts: what is wrong with them is said before any network is loaded."""
         if stage == "fit":
-            method = self.trainer.lightning_module
-            if not hasattr(method, "visits_per_batch"):
-                raise ValueError(
-                    f"data.class_path is PromptStream, which gives prompts and no images; {type(method).__name__} "
-                    "trains on images. Use PickAPicDataModule, or a method that makes its own images, such as SPO."
-                )
+            self.check_method()
             self.captions = Captions(self.prompts.read())
+            self.identity = hash_of(self.captions.prompts)
+
+    def check_method(self) -> None:
+        """Refuse a method that trains on images."""
+        method = self.trainer.lightning_module
+        if not hasattr(method, "visits_per_batch"):
+            raise ValueError(
+                f"data.class_path is {type(self).__name__}, which gives prompts and no images; {type(method).__name__} "
+                "trains on images. Use PickAPicDataModule, or a method that makes its own images, such as SPO."
+            )
 
     def train_dataloader(self) -> RepeatedLoader:
-        prompts = self.captions.prompts
-        loader = self.stream_loader(self.captions, self.batch_size, 0, collate=list, identity=hash_of(prompts))
+        loader = self.stream_loader(self.captions, self.batch_size, 0, collate=list, identity=self.identity)
         return RepeatedLoader(loader, self.visits, self)
 
     def test_dataloader(self) -> DataLoader[PromptBatch]:

@@ -89,10 +89,15 @@ def find(option: str, source: str, names: tuple[str, ...]) -> Path:
     ) from problems[0]
 
 
-def read_weights(option: str, path: Path) -> dict[str, Tensor]:
+def read_weights(option: str, path: Path, below: tuple[str, ...] = ("state_dict",)) -> dict[str, Tensor]:
     """The state dict of a file; pickles are read with `weights_only`, so that none of their code runs.
 
-    A state dict may lie under the key `state_dict`, and all its names may begin with `module.`.
+    A state dict may lie under a key, and all its names may begin with `module.`.
+
+    Args:
+        option: Name of the setting, for messages.
+        path: The file.
+        below: Keys under which a state dict may lie; the first that is there counts.
 
     Raises:
         ValueError: if the file is damaged, holds code, or something else than named tensors.
@@ -116,8 +121,8 @@ def read_weights(option: str, path: Path) -> dict[str, Tensor]:
             f"{option}: {str(path)!r} is not a readable weight file ({first_line(error)}); it has "
             f"{path.stat().st_size} bytes. Was the download cut short, or is it a web page instead of the file?"
         ) from error
-    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
-        weights = weights["state_dict"]
+    if isinstance(weights, dict):
+        weights = next((weights[key] for key in below if isinstance(weights.get(key), dict)), weights)
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         names = list(weights)[:SHOWN] if isinstance(weights, dict) else type(weights).__name__
         raise ValueError(f"{option}: {str(path)!r} holds no state dict but {names}; expected tensors by name.")
@@ -169,6 +174,18 @@ def fit(option: str, path: Path, weights: dict[str, Tensor], network: nn.Module)
     """
     expected = network.state_dict()
     weights = {name: value for name, value in weights.items() if name in expected or not is_position_ids(name, value)}
+    check_shapes(option, path, weights, expected)
+    with torch.inference_mode(False):
+        network.load_state_dict(weights, assign=True)
+        return network.float().requires_grad_(False).eval()
+
+
+def check_shapes(option: str, path: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compare the weights of a file with those of a network, by name and shape.
+
+    Raises:
+        ValueError: naming the weights that are missing, not known, or of another shape.
+    """
     missing = [name for name in expected if name not in weights]
     unknown = [name for name in weights if name not in expected]
     other = [
@@ -186,9 +203,6 @@ def fit(option: str, path: Path, weights: dict[str, Tensor], network: nn.Module)
             f"{option}: the weights in {str(path)!r} do not fit the network: {'; '.join(problems)}. Expected "
             f"{len(expected)} tensors such as {', '.join(list(expected)[:2])}. Is it the file of another model?"
         )
-    with torch.inference_mode(False):
-        network.load_state_dict(weights, assign=True)
-        return network.float().requires_grad_(False).eval()
 
 
 def is_position_ids(name: str, value: Tensor) -> bool:
