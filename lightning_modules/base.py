@@ -42,6 +42,11 @@ def scaled_learning_rate(lr: float, effective_pairs: int) -> float:
     return lr * effective_pairs
 
 
+def configured_learning_rate(optimizer: OptimizerCallable) -> float:
+    """The learning rate with which a config builds an optimizer."""
+    return optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
+
+
 def compute_dtype(trainer: pl.Trainer) -> torch.dtype:
     """What a Trainer asks the networks to compute in.
 
@@ -240,6 +245,16 @@ class AlignmentModule(pl.LightningModule):
             self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
         self._window = {}
 
+    def log_at_optimizer_steps(self) -> None:
+        """For methods that step their optimizer themselves, in the first hook of a batch: let loggers count such steps.
+
+        Not every batch makes one.
+        """
+        if self.trainer.training:
+            loop = self.trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped = self.trainer.global_step
+            loop._results.reset()  # the metrics of earlier batches would be logged again
+
     def _stop_on_non_finite(self, metrics: dict[str, Tensor]) -> None:
         loss = metrics.get("loss")
         if loss is not None and not torch.isfinite(loss):
@@ -290,8 +305,8 @@ class AlignmentModule(pl.LightningModule):
         fit, progress = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop.batch_progress.total
         return progress.processed > progress.completed and fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the checkpoint with this model before it is trained.
+    def check_trained(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint says of itself, if it holds the weights that are trained here.
 
         Raises:
             ValueError: if the checkpoint belongs to another method or model.
@@ -308,6 +323,15 @@ class AlignmentModule(pl.LightningModule):
                 f"{len(saved)} trained tensors, while this run trains {len(ours)}; the first difference is "
                 f"{other[0][0]} of shape {other[0][1]}. Use the config.yaml saved beside the checkpoint's folder."
             )
+        return about
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the checkpoint with this model before it is trained.
+
+        Raises:
+            ValueError: if the checkpoint belongs to another method or model.
+        """
+        about = self.check_trained(checkpoint)
         if about.get("seed", self.run_seed) != self.run_seed:
             rank_zero_warn(
                 f"The checkpoint was written with seed {about['seed']}, this run asks for {self.run_seed}; the "
@@ -369,7 +393,7 @@ class AlignmentModule(pl.LightningModule):
     def _apply_configured_learning_rate(self) -> None:
         """After a resume, follow the learning rate of this run's config, not the one stored in the checkpoint."""
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=False):
-            fresh = self.optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
+            fresh = configured_learning_rate(self.optimizer)
             if self.scale_lr:
                 fresh = scaled_learning_rate(fresh, self.effective_batch())
             for scheduler in getattr(config.scheduler, "_schedulers", [config.scheduler]):

@@ -379,11 +379,7 @@ class SPO(AlignmentModule):
             self.log_timesteps()
 
     def on_before_batch_transfer(self, batch: TrainingPrompts, dataloader_idx: int) -> TrainingPrompts:
-        """The first hook of a batch: let loggers count optimizer steps, which not every batch makes."""
-        if self.trainer.training:
-            loop = self.trainer.fit_loop.epoch_loop
-            loop._batches_that_stepped = self.trainer.global_step
-            loop._results.reset()  # the metrics of earlier batches would be logged again
+        self.log_at_optimizer_steps()
         return batch
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,14 +16,21 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from datamodules.batches import ImageBatch, PairBatch
 from lightning_modules.backbones.lora_files import save_kohya_lora
+from lightning_modules.functional.few_step import FewStepSampler, few_step_trajectory
 from lightning_modules.functional.latents import sample_posterior
 from lightning_modules.functional.noise import PredictionType, add_noise, draw_noise, guide, regression_target, to_x0
 
 # What diffusers, transformers and the hub raise on folders and ids that they cannot read.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+
+
+# Names of adapters, peft's own for the first: the trained policy's, and that of the score network of a distillation.
+GENERATOR, SCORE = "default", "score"
+Role = tuple[str | None, float]  # the adapter that acts, or none, and the factor on its strength
 
 
 class Conditioning(dict[str, Tensor]):
@@ -114,6 +121,8 @@ class Backbone(nn.Module):
         self.pipeline: Any = None
         self.compute_dtype = torch.float32
         self.fingerprints: dict[str, str] = {}
+        self.few_step: FewStepSampler | None = None  # how the policy makes images, if it was distilled
+        self.acting: Role = (GENERATOR, 1.0)
 
     # ------------------------------------------------------------------------------------------------ life cycle
 
@@ -143,6 +152,7 @@ class Backbone(nn.Module):
             ValueError: if the pipeline cannot be read or is of another family.
         """
         self.compute_dtype = compute_dtype
+        self._adapter_layers: dict[int, list[LoraLayer]] = {}  # of each network with adapters, for `role`
         scheduler = None if self.scheduler is None else scheduler_class(self.scheduler)
         self.pipeline = self.load_pipeline() if weights else self._build_pipeline()
         self.pipeline.set_progress_bar_config(disable=True)
@@ -165,7 +175,7 @@ class Backbone(nn.Module):
         if not frozen:
             self._open_for_training(keep_reference, weights)
         if self.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
+            self.denoiser.enable_gradient_checkpointing(self._checkpoint)
         self._after_load()
         if scheduler is not None:
             self.pipeline.scheduler = scheduler.from_config(self.pipeline.scheduler.config)
@@ -175,20 +185,28 @@ class Backbone(nn.Module):
         if self.lora is not None:
             if self.lora.target_modules is None:
                 self.lora.target_modules = list(self.lora_targets)
-            try:
-                self.denoiser.add_adapter(self.lora)
-            except ValueError as error:
-                raise ValueError(
-                    f"backbone.lora: peft cannot place the adapters in {type(self.denoiser).__name__}: {error} "
-                    f"The attention projections of this family are target_modules: {list(self.lora_targets)}."
-                ) from error
-            for parameter in self.denoiser.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()  # bfloat16 adapters would swallow updates of 1e-5
+            self._add_adapters(self.denoiser, "backbone.lora", self.lora, GENERATOR)
         else:
             self.denoiser.requires_grad_(True)
             if keep_reference:
                 self.keep_reference(weights)
+
+    def _add_adapters(self, network: nn.Module, option: str, lora: LoraConfig, name: str) -> None:
+        """Put trained adapters on a network; others that it carries stay trained."""
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        try:
+            network.add_adapter(lora, name)
+        except ValueError as error:
+            raise ValueError(
+                f"{option}: peft cannot place the adapters in {type(network).__name__}: {error} "
+                f"The attention projections of this family are target_modules: {list(self.lora_targets)}."
+            ) from error
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # bfloat16 adapters would swallow updates of 1e-5
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._adapter_layers[id(network)] = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
 
     def keep_reference(self, weights: bool = True) -> None:
         """Keep a frozen copy of the starting denoiser at hand, for `reference`; adapters need none.
@@ -196,7 +214,7 @@ class Backbone(nn.Module):
         Args:
             weights: Read its weights; False builds it from the config alone.
         """
-        if self.lora is None and not hasattr(self, "reference_denoiser"):
+        if self.lora is None and not hasattr(self, "reference_denoiser") and not hasattr(self, "score_denoiser"):
             reference = self._copy_of_denoiser(weights).to(self.device)
             to_low_precision(reference, self.compute_dtype)
             self.add_module("reference_denoiser", reference)
@@ -232,25 +250,94 @@ class Backbone(nn.Module):
         Without a kept copy the starting weights are read again from disk and dropped afterwards.
         """
         if self.lora is not None:
-            from peft.tuners.tuners_utils import BaseTunerLayer
+            with self.role(None):
+                yield
+            return
+        if hasattr(self, "score_denoiser"):
+            with self.role(SCORE, 0.0):
+                yield
+            return
+        reference = getattr(self, "reference_denoiser", None)
+        if reference is None:
+            reference = self._copy_of_denoiser().to(self.device)
+        acting, self.acting = self.acting, (None, 0.0)
+        setattr(self.pipeline, self.denoiser_name, reference)
+        try:
+            yield
+        finally:
+            self.acting = acting
+            setattr(self.pipeline, self.denoiser_name, self.denoiser)
 
-            layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-            for layer in layers:
-                layer.enable_adapters(False)
-            try:
-                yield
-            finally:
-                for layer in layers:
-                    layer.enable_adapters(True)
-        else:
-            reference = getattr(self, "reference_denoiser", None)
-            if reference is None:
-                reference = self._copy_of_denoiser().to(self.device)
-            setattr(self.pipeline, self.denoiser_name, reference)
-            try:
-                yield
-            finally:
-                setattr(self.pipeline, self.denoiser_name, self.denoiser)
+    # -------------------------------------------------------------------------------------------------- roles
+
+    def add_score(self, lora: LoraConfig, weights: bool = True) -> None:
+        """Add the score network of a distillation: the starting denoiser with trained adapters of its own.
+
+        Where the policy is trained by adapters, both share the one frozen denoiser; where all its weights are, or it
+        starts from other ones, the score network is a second, frozen one. `role` says which of them acts.
+
+        Args:
+            lora: Settings of its adapters. `target_modules: null` means the family's attention projections.
+            weights: As in `load`.
+        """
+        if lora.target_modules is None:
+            lora.target_modules = list(self.lora_targets)
+        network = self.denoiser
+        if self.lora is None:
+            network = self._copy_of_denoiser(weights).to(self.device)
+            to_low_precision(network, self.compute_dtype)
+            if self.gradient_checkpointing:
+                network.enable_gradient_checkpointing(self._checkpoint)
+            self.add_module("score_denoiser", network)
+        self._add_adapters(network, "model.score_lora", lora, SCORE)
+        self._act(*self.acting)
+
+    @property
+    def score_network(self) -> nn.Module:
+        """The network that carries the score adapters: the denoiser itself, or a second one."""
+        return getattr(self, "score_denoiser", self.denoiser)
+
+    def score_parameters(self) -> list[nn.Parameter]:
+        """What is trained of the score network."""
+        named = self.score_network.named_parameters()
+        return [parameter for name, parameter in named if parameter.requires_grad and f".{SCORE}." in name]
+
+    @contextmanager
+    def role(self, adapter: str | None, scale: float = 1.0) -> Iterator[None]:
+        """Inside, another network acts, or the same one with other adapters or another strength of them.
+
+        `requires_grad` of no weight changes, and a backward pass may come after the context: under gradient
+        checkpointing the activations are computed again in the role in which they were computed first.
+
+        Args:
+            adapter: GENERATOR, the trained policy; SCORE, the score network of `add_score`; None, the denoiser without
+                adapters.
+            scale: Factor on the adapters' strength. 0 switches them off, so that their branch is not computed.
+        """
+        before = self.acting
+        if (adapter, scale) == before:
+            yield
+            return
+        self._act(adapter, scale)
+        try:
+            yield
+        finally:
+            self._act(*before)
+
+    def _act(self, adapter: str | None, scale: float) -> None:
+        self.acting = (adapter, scale)
+        network = self.score_network if adapter == SCORE else self.denoiser
+        setattr(self.pipeline, self.denoiser_name, network)
+        for layer in self._adapter_layers.get(id(network), []):
+            # Not peft's own switches, which freeze the adapters that do not act.
+            layer._disable_adapters = adapter is None or scale == 0
+            layer._active_adapter = [adapter or GENERATOR]
+            layer.set_scale(adapter, scale)
+
+    def _checkpoint(self, module: nn.Module, *inputs: Any) -> Any:
+        """Compute a block and forget its activations; the backward pass computes them again, in the same role."""
+        role = self.acting
+        return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self.role(*role)))
 
     @property
     def device(self) -> torch.device:
@@ -381,6 +468,14 @@ class Backbone(nn.Module):
         """alpha_t and sigma_t of x_t = alpha_t x_0 + sigma_t eps, each (B,) float32."""
 
     @abstractmethod
+    def timesteps_at(self, levels: Tensor) -> Tensor:
+        """(n,) noise levels in [0, 1], 1 being pure noise -> (n,) timesteps, on the backbone's device."""
+
+    @abstractmethod
+    def few_step_grid(self, sampler: FewStepSampler) -> Tensor:
+        """(N,) decreasing timesteps at which a model is asked that was distilled to N steps."""
+
+    @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
         """The acting network's prediction, (B, C, h, w)."""
 
@@ -426,7 +521,8 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Images of the acting policy by the diffusers pipeline and the checkpoint's own scheduler.
 
-        Image i depends on prompt i and seed i only: not on the other images, the rank, or the run's random state.
+        Image i depends on prompt i and seed i only: not on the other images, the rank, or the run's random state. A
+        distilled policy (`few_step`) makes its images as it was trained to, in its few steps and without guidance.
 
         Args:
             prompts: B prompts.
@@ -444,6 +540,9 @@ class Backbone(nn.Module):
         try:
             for start in range(0, len(prompts), self.chunk_size):
                 chunk = slice(start, start + self.chunk_size)
+                if self.few_step is not None and self.acting[0] == GENERATOR:
+                    images.append(self._draw_in_few_steps(prompts[chunk], seeds[chunk]))
+                    continue
                 with self.autocast():
                     output = self.pipeline(
                         prompt=prompts[chunk],
@@ -457,6 +556,47 @@ class Backbone(nn.Module):
         finally:
             network.train(was_training)
         return torch.cat(images) if images else torch.empty(0, 3, 0, 0)
+
+    def _draw_in_few_steps(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """`generate` for a distilled policy; the starting noise of a seed is the same as the pipeline's."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def draw() -> Tensor:
+            noise = [torch.randn(1, *self.latent_shape, generator=generator) for generator in generators]
+            return torch.cat(noise).to(self.device)
+
+        clean = self.sample_in_few_steps(draw(), self.encode_prompts(prompts), draw)[1]
+        return (self.decode_latents(clean[-1]) / 2 + 0.5).clamp(0, 1).cpu()
+
+    def sample_in_few_steps(
+        self, x: Tensor, condition: Conditioning, draw: Callable[[], Tensor], steps: int | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The trajectory of `few_step` through the acting network: see `few_step_trajectory`.
+
+        Args:
+            x: (B, C, h, w) unit noise.
+            condition: Of B prompts.
+            draw: Gives (B, C, h, w) unit noise.
+            steps: Stop after so many steps; all if not given.
+        """
+        return few_step_trajectory(
+            x,
+            self.few_step_timesteps,
+            lambda x_t, t: self.predict(x_t, t, condition),
+            self.coefficients,
+            draw,
+            self.prediction_type,
+            self.few_step.mode,
+            self.few_step.end,
+            steps,
+        )
+
+    @property
+    def few_step_timesteps(self) -> Tensor:
+        """(N,) timesteps of `few_step` on the backbone's device."""
+        if self.few_step.timesteps is None:
+            return self.few_step_grid(self.few_step)
+        return torch.tensor(self.few_step.timesteps, device=self.device, dtype=self.timesteps_at(torch.ones(1)).dtype)
 
     def export(
         self,
@@ -543,7 +683,7 @@ class Backbone(nn.Module):
         names = self.kohya_names()
         modules = {}
         for module, layer in self.denoiser.named_modules():
-            if not isinstance(layer, LoraLayer):
+            if not isinstance(layer, LoraLayer) or GENERATOR not in layer.scaling:
                 continue
             variant = layer.lora_variant.get("default")
             if variant is not None or module not in names:
@@ -782,7 +922,7 @@ def check_model_path(option: str, path: str, needed: str, subfolder: str = "") -
         )
 
 
-def check_lora(lora: LoraConfig) -> None:
+def check_lora(lora: LoraConfig, option: str = "backbone.lora") -> None:
     """Stop early at settings by which more than the adapters changes.
 
     Raises:
@@ -800,7 +940,7 @@ def check_lora(lora: LoraConfig) -> None:
     for setting, possible in adapters_only.items():
         if (value := getattr(lora, setting)) not in possible:
             raise ValueError(
-                f"backbone.lora.{setting} is {value!r}; expected {' or '.join(str(p) for p in possible if p != [])}. "
+                f"{option}.{setting} is {value!r}; expected {' or '.join(str(p) for p in possible if p != [])}. "
                 "A LoRA file holds the factors of the adapters and nothing else, and the reference is the model with "
                 "its adapters off: what else was trained would be lost."
             )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_modules.backbones.base import Backbone, Conditioning
 from lightning_modules.backbones.stable_diffusion import ddim_grid, hold_schedule, text_tokens, training_schedule
+from lightning_modules.functional.few_step import FewStepSampler, discrete_timesteps, epsilon_timesteps
 
 
 class SD15(Backbone):
@@ -34,6 +35,14 @@ class SD15(Backbone):
     def time_grid(self, num_steps: int) -> Tensor:
         """(N + 1,) int64: DDIM's timesteps, the last step landing on 0."""
         return ddim_grid(self, num_steps)
+
+    def timesteps_at(self, levels: Tensor) -> Tensor:
+        """(n,) int64, the nearest ones of the training schedule."""
+        return discrete_timesteps(levels, self.num_timesteps).to(self.device)
+
+    def few_step_grid(self, sampler: FewStepSampler) -> Tensor:
+        """(N,) int64: 999, 749, 500, 250 for four steps; 399 for one."""
+        return epsilon_timesteps(sampler.num_steps, sampler.shift, self.num_timesteps).to(self.device)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.alphas[t], self.sigmas[t]

@@ -7,23 +7,10 @@ from torch import Tensor
 
 from lightning_modules.backbones.base import Backbone, Conditioning
 from lightning_modules.backbones.stable_diffusion import text_tokens
+from lightning_modules.functional.few_step import FewStepSampler, flow_times
+from lightning_modules.functional.noise import shift_noise_level
 
 Timesteps = Literal["logit_normal", "uniform", "mode"]
-
-
-def shift_noise_level(s: Tensor, shift: float) -> Tensor:
-    """Move noise levels toward noise, as larger images need it (arXiv:2403.03206, eq. 23).
-
-        s' = shift s / (1 + (shift - 1) s)
-
-    Args:
-        s: (n,) noise levels in [0, 1].
-        shift: 1 changes nothing; the released models have 3.
-
-    Returns:
-        (n,) noise levels in [0, 1].
-    """
-    return shift * s / (1.0 + (shift - 1.0) * s)
 
 
 def join_text(clip: list[Tensor], t5: Tensor) -> Tensor:
@@ -163,6 +150,14 @@ class SD3(Backbone):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.schedule)
         scheduler.set_timesteps(num_steps)
         return (self.num_timesteps * scheduler.sigmas).to(self.device)
+
+    def timesteps_at(self, levels: Tensor) -> Tensor:
+        """(n,) float32 in [0, 1000]."""
+        return self.num_timesteps * levels.to(self.device)
+
+    def few_step_grid(self, sampler: FewStepSampler) -> Tensor:
+        """(N,) float32: 1000 times the shifted times. Not rounded, as diffusers' samplers do not round either."""
+        return self.num_timesteps * flow_times(sampler.num_steps, sampler.shift, sampler.end)[:-1].to(self.device)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         s = t.float() / self.num_timesteps

@@ -29,6 +29,7 @@ OURS = tuple(str(ROOT / room) for room in ("lightning_modules", "datamodules", "
 
 # Warnings of libraries about each other, or about what is meant: frozen networks stay in eval mode.
 LIBRARY_NOISE = (
+    r"Already found a `peft_config` attribute in the model",  # two adapters are meant
     r"`loftq_config` specified but will be ignored",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"Found \d+ module\(s\) in eval mode at the start of training",

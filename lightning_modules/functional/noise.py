@@ -31,6 +31,21 @@ def draw_noise(like: Tensor, offset: float = 0.0) -> Tensor:
     return noise
 
 
+def shift_noise_level(s: Tensor, shift: float) -> Tensor:
+    """Move noise levels toward noise, as larger images need it (arXiv:2403.03206, eq. 23).
+
+        s' = shift s / (1 + (shift - 1) s)
+
+    Args:
+        s: (n,) noise levels in [0, 1].
+        shift: 1 changes nothing; the released models have 3.
+
+    Returns:
+        (n,) noise levels in [0, 1].
+    """
+    return shift * s / (1.0 + (shift - 1.0) * s)
+
+
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """x_t = alpha x_0 + sigma eps.
 
