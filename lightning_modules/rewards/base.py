@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Settings that change no score.
-WITHOUT_EFFECT = ("training", "chunk_size", "batch_size", "timeout", "retries", "pause")
+# Settings that change no score, or follow from those that do.
+WITHOUT_EFFECT = ("training", "differentiable", "chunk_size", "batch_size", "timeout", "retries", "pause")
 
 
 class Reward(nn.Module):
