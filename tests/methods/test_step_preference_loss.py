@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.backbones.base import Backbone, Conditioning
-from lightning_modules.functional.noise import add_noise, guide, repeat_pair, to_epsilon, to_x0
+from lightning_modules.functional.noise import add_noise, guide, per_sample, repeat_pair, to_epsilon, to_x0
+from lightning_modules.functional.steps import draw_step, reverse_step
+from lightning_modules.spo import select_pair
 from lightning_modules.step_preference_model import (
     LogarithmicWarmup,
     StepPreferenceModel,
@@ -112,27 +114,46 @@ def test_golden_accuracy():
     torch.testing.assert_close(decided.mean(), golden["expected_accuracy_pickscore"])
 
 
-def test_golden_noising_and_estimates_at_one_timestep_per_sample():
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_golden_noising_and_estimates_at_one_timestep_per_sample(kind):
     golden = case("batchable_ddim")
     abar, t = golden["alphas_cumprod"], golden["timesteps"]
-    alpha, sigma = abar[t].sqrt(), (1 - abar[t]).sqrt()
+
+    def at(t: Tensor) -> tuple[Tensor, Tensor]:
+        """Alpha and sigma; before the first timestep as at it."""
+        return abar[t.clamp(min=0)].sqrt(), (1 - abar[t.clamp(min=0)]).sqrt()
+
+    alpha, sigma = at(t)
     close = {"atol": 1e-4, "rtol": 1e-4}
     x_t = add_noise(golden["clean_latents"], golden["noise"], alpha, sigma)
     torch.testing.assert_close(x_t, golden["expected_noisy_fp32"], **close)
     x0 = to_x0("epsilon", golden["noise"], x_t, alpha, sigma)
     torch.testing.assert_close(x0, golden["expected_x0_from_true_noise"], **close)
-    before = golden["prev_timesteps_stepsN"].clamp(min=0)  # abar of the first step also before it
-    alpha_before, sigma_before = abar[before].sqrt(), (1 - abar[before]).sqrt()
-    one_before = [abar[(t - 1).clamp(min=0)].sqrt(), (1 - abar[(t - 1).clamp(min=0)]).sqrt()]
-    for kind in ("epsilon", "v_prediction"):
-        x0 = to_x0(kind, golden["model_output"], x_t, alpha, sigma)
-        torch.testing.assert_close(x0, golden[f"expected_x0_{kind}"], **close)
-        eps = to_epsilon(kind, golden["model_output"], x_t, alpha, sigma)
-        if kind == "epsilon":
-            stepped = add_noise(x0, eps, alpha_before, sigma_before)
-            torch.testing.assert_close(stepped, golden["expected_prev_epsilon_stepsN_eta0"], **close)
-        stepped = add_noise(x0, eps, *one_before)
-        torch.testing.assert_close(stepped, golden[f"expected_prev_{kind}_steps1000_eta0"], **close)
+
+    output = golden["model_output"]
+    if kind == "sample":  # no network of ours predicts it: the estimate is given
+        x0, eps = output, (x_t - per_sample(alpha, x_t) * output) / per_sample(sigma, x_t)
+    else:
+        x0, eps = to_x0(kind, output, x_t, alpha, sigma), to_epsilon(kind, output, x_t, alpha, sigma)
+    torch.testing.assert_close(x0, golden[f"expected_x0_{kind}"], **close)
+    mean, _ = reverse_step(x0, eps, (alpha, sigma), at(t - 1), eta=0.0)
+    torch.testing.assert_close(mean, golden[f"expected_prev_{kind}_steps1000_eta0"], **close)
+    if kind != "epsilon":
+        return
+    before = golden["prev_timesteps_stepsN"]
+    assert torch.equal(before, t - 1000 // golden["num_inference_steps_N"])
+    for eta in (0, 1):
+        mean, std = reverse_step(x0, eps, (alpha, sigma), at(before), eta=float(eta))
+        stepped = draw_step(mean, std, golden["variance_noise"])
+        torch.testing.assert_close(stepped, golden[f"expected_prev_epsilon_stepsN_eta{eta}"], **close)
+    torch.testing.assert_close(std.square(), golden["expected_variance_stepsN"], **close)
+
+
+def test_golden_choice_of_best_and_worst():
+    golden = case("win_lose_choice")
+    best, worst, valid = select_pair(golden["scores"], golden["threshold"].item())
+    assert torch.equal(torch.stack([best, worst]), golden["expected_indices"])
+    assert torch.equal(valid, golden["expected_valid"])
 
 
 class GivenOutputs(Backbone):
