@@ -20,6 +20,9 @@ from PIL import Image
 
 from lightning_modules.cli.app import run
 from lightning_modules.rewards.base import Reward
+from lightning_modules.rewards.step_preference import StepPreference, pixels_for_spm
+from lightning_modules.rewards.step_preference import export as export_step_preference
+from tests.rewards.tiny import save_hf_clip
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
@@ -38,6 +41,8 @@ BACKBONES = {
         "init_args": {"max_sequence_length": 32},
     },
 }
+
+ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
 
 
 class Brightness(Reward):
@@ -81,6 +86,7 @@ def write_pairs(file: Path, number: int) -> Path:
         "jpg_0": [picture() for _ in range(number)],
         "jpg_1": [picture() for _ in range(number)],
         "label_0": labels,
+        "num_example_per_prompt": [1 + i % 3 for i in range(number)],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), file)
@@ -90,7 +96,7 @@ def write_pairs(file: Path, number: int) -> Path:
 def config(pretrained: Path, data: Path, method: str = "dpo", lora: bool = True, **settings) -> dict:
     backbone = copy.deepcopy(BACKBONES[json.loads((pretrained / "model_index.json").read_text())["_class_name"]])
     backbone["init_args"] |= {"pretrained": str(pretrained), "num_inference_steps": 2, "chunk_size": 4}
-    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+    optimizer = copy.deepcopy(ADAMW)
     if lora:
         backbone["init_args"]["lora"] = {"r": 2, "lora_alpha": 2, "init_lora_weights": "gaussian"}
     elif "sdxl" in backbone["class_path"]:
@@ -146,6 +152,11 @@ def metrics(folder: Path) -> dict[int, dict[str, str]]:
         return {int(row["step"]): row for row in csv.DictReader(file)}
 
 
+def read_rows(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return torch.load(checkpoint, weights_only=True)["state_dict"]
 
@@ -188,6 +199,47 @@ def test_fit_saves_resumes_and_exports(method, family, lora, data, tmp_path, req
         setattr(backbone.pipeline, backbone.denoiser_name, getattr(source, backbone.denoiser_name))
         theirs = backbone.predict(x, t, condition)
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_a_step_preference_model_fits_resumes_and_exports(family, data, tmp_path, request):
+    """Labels with ties, weights by prompt; the best checkpoint as published SPO reads it."""
+    clip = tmp_path / "clip"
+    save_hf_clip(clip)
+    write_pairs(data.parent / "validation.parquet", 5)
+    best = {"monitor": "val/accuracy", "mode": "max", "filename": "best", "save_weights_only": True}
+    callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": best}]
+    content = config(request.getfixturevalue(family), data.parent, lora=False, callbacks=callbacks, max_steps=4)
+    model, settings = content["model"]["init_args"], content["data"]["init_args"]
+    content["model"]["class_path"] = "lightning_modules.step_preference_model.StepPreferenceModel"
+    model |= {"clip": str(clip), "processor": str(clip), "optimizer": ADAMW, "validation_timesteps": [0, 501, 951]}
+    settings |= {"ties": "keep", "validation_split": "validation", "resize": "bicubic"}
+    settings |= {"horizontal_flip": False, "columns": {"pairs_per_prompt": "num_example_per_prompt"}}
+    content["trainer"] |= {"val_check_interval": 2, "gradient_clip_val": 1.0}
+    yaml_file = write_config(tmp_path / "c" / "run.yaml", content)
+    whole = Path(run(["fit", "--config", yaml_file]).trainer.log_dir)
+
+    resumed = run(["fit", "--config", yaml_file, f"--ckpt_path={whole}/checkpoints/step=2.ckpt"])
+    again, expected = Path(resumed.trainer.log_dir), weights(whole / "checkpoints/step=4.ckpt")
+    found = weights(again / "checkpoints/step=4.ckpt")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    rows = [read_rows(folder / "metrics.csv") for folder in (again, whole)]
+    # The validation at step 2 comes after the checkpoint, and is made up for.
+    assert rows[0] == [row for row in rows[1] if row["val/accuracy"] or int(row["step"]) >= 2]
+    assert float(rows[0][-1]["val/pairs"]) == 5.0
+
+    for name in ("best.ckpt", "step=4.ckpt"):
+        export_step_preference(str(again / "checkpoints" / name), str(tmp_path / "spm.bin"), str(clip))
+    exported = torch.load(tmp_path / "spm.bin", weights_only=True)
+    assert {key for key in exported if "position_ids" not in key} == set(expected)
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in expected.items())
+    images, t = torch.rand(2, 3, 16, 16), torch.tensor([1, 951])
+    judge = StepPreference(str(tmp_path / "spm.bin"), str(clip), str(clip))
+    pixels = pixels_for_spm(2 * images - 1, "scoring", **resumed.model.image_settings)
+    with torch.no_grad():
+        text = resumed.model.model.encode_text(resumed.model.tokenize(["a ring", "a ring"]))
+        ours = resumed.model.model.score(resumed.model.model.encode_image(pixels, t), text)
+    torch.testing.assert_close(judge(images, ["a ring"] * 2, t), ours, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("workers", "accumulate", "kill_after"), [(0, 1, 9), (2, 3, 11)])
