@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DPO_PAGE = ROOT / "cli_configs/dpo/README.md"
 ORPO_PAGE = ROOT / "cli_configs/orpo/README.md"
+SPM_PAGE = ROOT / "cli_configs/spm/README.md"
 PAGES = [README, *sorted(ROOT.glob("cli_configs/*/*.md"))]
 RECIPES = sorted(ROOT.glob("cli_configs/**/*.yaml"))
 ROOMS = ("lightning_modules", "datamodules", "callbacks", "cli_configs")
@@ -130,7 +131,7 @@ def test_commands_and_options_of_a_page_are_accepted(page):
         parse(arguments)
     for option in re.findall(r"`(--(?:model|data|trainer)\.[^`]+)`", page.read_text()):
         if " " in option:
-            recipe = "orpo/sdxl_lora" if page == ORPO_PAGE else "dpo/sd15"
+            recipe = {ORPO_PAGE: "orpo/sdxl_lora", SPM_PAGE: "spm/sd15"}.get(page, "dpo/sd15")
             parse(f"fit --config cli_configs/{recipe}.yaml {option}")
 
 
@@ -234,6 +235,7 @@ def test_the_map_holds_every_published_argument():
         (DPO_PAGE, 1, "dpo/sd15_lora"),
         (ORPO_PAGE, 0, "orpo/sdxl_lora"),
         (ORPO_PAGE, 1, "orpo/sdxl_lora_shards"),
+        (SPM_PAGE, 0, "spm/sd15"),
     ],
 )
 def test_the_map_names_options_that_exist_with_the_recipes_values(page, which, recipe):
@@ -269,6 +271,7 @@ def test_the_map_of_sdxl_has_the_recipes_values(which, recipe):
         (DPO_PAGE, ["dpo/sd15", "dpo/sdxl"]),
         (ORPO_PAGE, ["orpo/sdxl_lora"]),
         (ORPO_PAGE, ["orpo/sdxl_lora_shards"]),
+        (SPM_PAGE, ["spm/sd15", "spm/sdxl"]),
     ],
 )
 def test_every_switch_that_the_table_of_traps_names_exists(page, recipes):

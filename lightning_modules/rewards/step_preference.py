@@ -367,7 +367,7 @@ def export(checkpoint: str, file: str, clip: str = PICKSCORE) -> None:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
-    sys.stdout.write(f"{target}: {len(weights)} tensors, {target.stat().st_size / 1e9:.2f} GB\n")
+    sys.stdout.write(f"{target}: {len(weights)} tensors, {target.stat().st_size / 1e6:,.1f} MB\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- the reward
