@@ -51,6 +51,7 @@ def backbone_of(family: str, pretrained: Path, adapters: bool = True, **settings
 
 def build(pretrained: Path, family: str = "sd15", adapters: bool = True, lr=1e-3, score_lr=1e-3, **settings) -> DMDR:
     """A small DMDR: 2 steps, an update of the student every third inner step, guidance 2."""
+    pl.seed_everything(11, verbose=False)  # a module reads the run's seed when it is built
     options = {"num_steps": 2, "ratio": 3, "guidance_scale": 2.0, "dynamic_steps": 4} | settings
     backbone = backbone_of(family, pretrained, adapters, **options.pop("backbone", {}))
     return DMDR(
@@ -89,7 +90,6 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "prompts.txt"
     file.write_text("\n".join(f"picture {i}" for i in range(prompts)) + "\n")
-    pl.seed_everything(11, verbose=False)
     runner = pl.Trainer(
         accelerator="cpu",
         devices=1,
