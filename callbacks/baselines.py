@@ -70,6 +70,7 @@ def load_baseline(kind: Kind, baseline: str, module: AlignmentModule) -> Backbon
     if kind == "pipeline":
         backbone.pretrained = str(path) if path.is_dir() else baseline
         backbone.denoiser_path = backbone.vae_path = backbone.revision = backbone.variant = None
+        backbone.few_step = None  # its own scheduler says how it samples
     try:
         backbone.load(ours.compute_dtype)
     except ValueError as error:

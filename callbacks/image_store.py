@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from callbacks.grids import to_pil
-from lightning_modules.backbones.base import Backbone
+from lightning_modules.backbones.base import SCORE, Backbone
 from lightning_modules.base import describe_encoders
 
 # --------------------------------------------------------------------------------------- what an image depends on
@@ -47,21 +48,32 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def hash_weights(backbone: Backbone) -> dict[str, Any]:
     """Hash of each part of a loaded backbone: denoiser, adapters, reference (a full fine-tuning's), VAE, text encoders.
 
-    The denoiser with adapters has the same hash as without.
+    The denoiser with adapters has the same hash as without. The score network of a distillation draws no images, but
+    its frozen weights are the reference of a fully trained student.
     """
 
     def tensors_of(module: nn.Module) -> dict[str, Tensor]:
         return dict(module.named_parameters()) | dict(module.named_buffers())
 
+    def adapters_of(tensors: dict[str, Tensor]) -> set[str]:
+        return {name for name in tensors if any(part.startswith("lora_") for part in name.split("."))}
+
+    def hash_frozen(tensors: dict[str, Tensor]) -> str:
+        names = tensors.keys() - adapters_of(tensors)
+        return hash_tensors((name.replace(".base_layer", ""), tensors[name]) for name in names)
+
     denoiser = tensors_of(backbone.denoiser)
-    adapters = {name for name in denoiser if any(part.startswith("lora_") for part in name.split("."))}
-    frozen = ((name.replace(".base_layer", ""), denoiser[name]) for name in denoiser.keys() - adapters)
-    hashes: dict[str, Any] = {"denoiser": hash_tensors(frozen)}
+    adapters = {name for name in adapters_of(denoiser) if f".{SCORE}." not in name}
+    hashes: dict[str, Any] = {"denoiser": hash_frozen(denoiser)}
     if adapters:
         strengths = {
-            name: layer.scaling for name, layer in backbone.denoiser.named_modules() if isinstance(layer, LoraLayer)
+            name: {adapter: scale for adapter, scale in layer.scaling.items() if adapter != SCORE}
+            for name, layer in backbone.denoiser.named_modules()
+            if isinstance(layer, LoraLayer) and layer.scaling.keys() != {SCORE}
         }
         hashes["adapters"] = [hash_tensors((name, denoiser[name]) for name in adapters), hash_of(strengths)]
+    if backbone.score_network is not backbone.denoiser:
+        hashes["reference_denoiser"] = hash_frozen(tensors_of(backbone.score_network))
     for name in ("reference_denoiser", "vae", *backbone.text_encoder_names):
         if (module := getattr(backbone, name, None)) is not None:
             hashes[name] = hash_tensors(tensors_of(module).items())
@@ -83,6 +95,7 @@ def describe_policy(backbone: Backbone, hashes: dict[str, Any], reference: bool 
         weights.pop("adapters", None)
         weights["denoiser"] = hashes.get("reference_denoiser", hashes["denoiser"])
     encoders = describe_encoders(backbone)
+    few_step = None if reference else backbone.few_step
     return {
         "family": encoders["family"],
         "compute_dtype": encoders["compute_dtype"],
@@ -92,6 +105,7 @@ def describe_policy(backbone: Backbone, hashes: dict[str, Any], reference: bool 
         "sampler": [type(backbone.pipeline.scheduler).__name__, plain_config(backbone.pipeline.scheduler.config)],
         "num_inference_steps": backbone.num_inference_steps,
         "guidance_scale": backbone.guidance_scale,
+        **({} if few_step is None else {"few_step": asdict(few_step)}),
         **backbone.pipeline_options,
         "diffusers": diffusers.__version__,
     }

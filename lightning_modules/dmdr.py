@@ -202,6 +202,8 @@ class DMDR(AlignmentModule):
         srpo_k: What is left of the plain score.
         cold_start_steps: Generator updates before the rewards join in, within one run.
         straight_through: Let gradients pass where an image leaves [0, 1]; otherwise saturated pixels have none.
+        reward_vae: Folder or hub id of an AutoencoderTiny, such as madebyollin/taesdxl, that decodes what rewards see:
+            little compute and memory, and no overflow in float16. Null takes the model's own.
         micro_batch_size: Prompts of one pass through the networks; a batch is split into such parts, and each network
             is stepped once for all of them. Null takes the whole batch.
         gradient_clip_val: Largest norm of each network's gradient; null does not clip.
@@ -243,6 +245,7 @@ class DMDR(AlignmentModule):
         srpo_k: float = 0.1,
         cold_start_steps: int = 0,
         straight_through: bool = False,
+        reward_vae: str | None = None,
         micro_batch_size: int | None = None,
         gradient_clip_val: float | None = 1.0,
         start_from: str | None = None,
@@ -279,6 +282,7 @@ class DMDR(AlignmentModule):
             ("cold_start_steps", cold_start_steps == 0 or dm_weight > 0, "0 where dm_weight is 0: nothing would train"),
             ("micro_batch_size", micro_batch_size is None or micro_batch_size >= 1, "1 or more prompts, or null"),
             ("gradient_clip_val", gradient_clip_val is None or gradient_clip_val > 0.0, "a positive number, or null"),
+            ("reward_vae", reward_vae is None or bool(rewards), "null where there are no rewards"),
             ("keep_optimizers", start_from is not None or not keep_optimizers, "false where start_from is null"),
         ):
             if not holds:
@@ -321,6 +325,7 @@ class DMDR(AlignmentModule):
         self.srpo_k = srpo_k
         self.cold_start_steps = cold_start_steps
         self.straight_through = straight_through
+        self.reward_vae = reward_vae
         self.micro_batch_size = micro_batch_size
         self.gradient_clip_val = gradient_clip_val
         self.start_from = start_from
@@ -395,7 +400,9 @@ class DMDR(AlignmentModule):
 
     def load_networks(self, fingerprint: bool) -> None:
         super().load_networks(fingerprint)
-        self.backbone.add_score(self.score_lora)
+        self.backbone.add_score(self.score_lora, self.fake_scale)
+        if self.reward_vae is not None and self.trainer.state.fn == "fit":
+            self.backbone.load_tiny_vae(self.reward_vae)
         if self.start_from is not None and self.trainer.state.fn == "fit":
             checkpoint = torch.load(self.start_from, map_location="cpu", weights_only=True)
             self.check_trained(checkpoint)
@@ -579,7 +586,7 @@ class DMDR(AlignmentModule):
         """Name -> (B,) score of the student's images, with gradient."""
         if not self.rewards:
             return {}
-        images = self.backbone.decode_latents(x0) / 2 + 0.5
+        images = self.backbone.decode_for_rewards(x0) / 2 + 0.5
         inside = images.clamp(0, 1)
         images = images + (inside - images).detach() if self.straight_through else inside
         words = (self.wanted_words, self.unwanted_words)

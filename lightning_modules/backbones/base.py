@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -270,7 +271,7 @@ class Backbone(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- roles
 
-    def add_score(self, lora: LoraConfig, weights: bool = True) -> None:
+    def add_score(self, lora: LoraConfig, scale: float, weights: bool = True) -> None:
         """Add the score network of a distillation: the starting denoiser with trained adapters of its own.
 
         Where the policy is trained by adapters, both share the one frozen denoiser; where all its weights are, or it
@@ -278,6 +279,7 @@ class Backbone(nn.Module):
 
         Args:
             lora: Settings of its adapters. `target_modules: null` means the family's attention projections.
+            scale: Factor on their strength with which they are the score network; kept beside them in files.
             weights: As in `load`.
         """
         if lora.target_modules is None:
@@ -290,6 +292,7 @@ class Backbone(nn.Module):
                 network.enable_gradient_checkpointing(self._checkpoint)
             self.add_module("score_denoiser", network)
         self._add_adapters(network, "model.score_lora", lora, SCORE)
+        self.score_scale = scale
         self._act(*self.acting)
 
     @property
@@ -445,6 +448,39 @@ class Backbone(nn.Module):
         z = latents / self.vae.config.scaling_factor + self.shift_factor
         with self.autocast():
             return torch.cat([self.vae.decode(chunk).sample for chunk in z.split(self.chunk_size)]).float()
+
+    def load_tiny_vae(self, path: str) -> None:
+        """Read a small decoder for `decode_for_rewards`: about a tenth of the compute and memory of the full one.
+
+        Args:
+            path: Folder or hub id of an AutoencoderTiny, for example madebyollin/taesdxl.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        from diffusers import AutoencoderTiny
+
+        try:
+            found = AutoencoderTiny.load_config(path, subfolder=subfolder_of(path, "vae")).get("_class_name")
+            if found != "AutoencoderTiny":  # diffusers would fill the gaps with random weights
+                raise ValueError(f"it is of class {found}.")
+            vae = load_component(AutoencoderTiny, path, "vae")
+        except LOADING_ERRORS as error:
+            raise ValueError(
+                f"model.reward_vae: cannot load {path!r} as an AutoencoderTiny: {first_line(error)} Expected a folder "
+                "or hub id such as madebyollin/taesdxl."
+            ) from error
+        self.add_module("tiny_vae", vae.requires_grad_(False).eval().to(self.device))
+        to_low_precision(vae, self.compute_dtype)
+
+    def decode_for_rewards(self, latents: Tensor) -> Tensor:
+        """`decode_latents`, by the small decoder if one was loaded."""
+        if not hasattr(self, "tiny_vae"):
+            return self.decode_latents(latents)
+        # These decoders take the denoiser's latents as they are, or say what else.
+        z = latents / self.tiny_vae.config.scaling_factor + self.tiny_vae.config.shift_factor
+        with self.autocast():
+            return torch.cat([self.tiny_vae.decode(chunk).sample for chunk in z.split(self.chunk_size)]).float()
 
     # ------------------------------------------------------------------------------------------------- diffusion
 
@@ -643,14 +679,41 @@ class Backbone(nn.Module):
             network.unload_lora()
             save_pipeline(pipeline, folder / "merged", dtype)
 
-    def whole_weights(self) -> dict[str, Tensor]:
-        """What was trained of the denoiser, and its buffers, whole and on the CPU.
+    def save_adapter(self, folder: Path, adapter: str) -> None:
+        """Write an adapter in PEFT's layout, for `PeftModel.from_pretrained(network, folder)`.
+
+        Beside it goes `scale.json`: the factor on its strength with which it was trained, which PEFT's settings cannot
+        hold. Under FSDP2 every rank must call this; the first one writes.
+
+        Args:
+            folder: Where the files go; made if absent.
+            adapter: GENERATOR or SCORE.
+        """
+        network = self.score_network if adapter == SCORE else self.denoiser
+        weights = self.whole_weights(network)
+        if rank_zero_only.rank != 0:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = get_peft_model_state_dict(network, state_dict=weights, adapter_name=adapter)
+        named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+        network.peft_config[adapter].save_pretrained(folder)
+        scale = self.score_scale if adapter == SCORE else 1.0
+        (folder / "scale.json").write_text(json.dumps({"scale": scale}) + "\n", encoding="utf-8")
+
+    def whole_weights(self, network: nn.Module | None = None) -> dict[str, Tensor]:
+        """What was trained of a network, and its buffers, whole and on the CPU.
 
         Under FSDP2 every rank must call this to gather them, and the first one gets them.
+
+        Args:
+            network: The denoiser if not given.
         """
-        frozen = {name for name, parameter in self.denoiser.named_parameters() if not parameter.requires_grad}
+        network = self.denoiser if network is None else network
+        frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
         weights = {}
-        for name, tensor in self.denoiser.state_dict().items():
+        for name, tensor in network.state_dict().items():
             if name in frozen:
                 continue
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

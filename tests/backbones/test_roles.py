@@ -15,7 +15,7 @@ def with_score(family: str, pretrained, adapters: bool = True, score: LoraConfig
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         backbone.load()
-        backbone.add_score(score or lora(alpha=2))
+        backbone.add_score(score or lora(alpha=2), 2.0)
         for parameter in backbone.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn_like(parameter)
@@ -166,7 +166,7 @@ def test_one_network_serves_all_roles_of_a_lora_student(sd3):
 def test_frozen_parts_of_the_score_network_are_held_in_low_precision(sdxl):
     backbone = backbone_of("sdxl", sdxl, adapters=False)
     backbone.load(torch.bfloat16)
-    backbone.add_score(lora())
+    backbone.add_score(lora(), 2.0)
     linear = backbone.score_denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     assert linear.base_layer.weight.dtype == torch.bfloat16
     assert {p.dtype for p in backbone.parameters() if p.requires_grad} == {torch.float32}
@@ -176,7 +176,7 @@ def test_wrong_targets_of_the_score_adapter_are_named(sd15):
     backbone = backbone_of("sd15", sd15)
     backbone.load()
     with pytest.raises(ValueError, match="model.score_lora: peft cannot place"):
-        backbone.add_score(LoraConfig(r=2, target_modules=["attn.to_z"]))
+        backbone.add_score(LoraConfig(r=2, target_modules=["attn.to_z"]), 2.0)
 
 
 # --------------------------------------------------------------------------------------------------------- few steps
@@ -217,3 +217,80 @@ def test_the_starting_noise_is_the_pipelines(sd15):
     backbone.few_step = FewStepSampler(1)
     backbone.generate(["a ring"], [4])
     torch.testing.assert_close(seen[-1], seen[0] / backbone.pipeline.scheduler.init_noise_sigma)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_a_saved_adapter_is_what_peft_loads(adapters, sd15, tmp_path):
+    import json
+
+    from diffusers import UNet2DConditionModel
+    from peft import PeftModel
+
+    backbone = with_score("sd15", sd15, adapters)
+    x, t, condition = inputs(backbone)
+    for name, scale in ((SCORE, 2.0), (GENERATOR, 1.0))[: 2 if adapters else 1]:
+        with torch.no_grad(), backbone.role(name, scale):
+            expected = backbone.predict(x, t, condition)
+        backbone.save_adapter(tmp_path / name, name)
+        assert json.loads((tmp_path / name / "scale.json").read_text()) == {"scale": scale}
+        network = PeftModel.from_pretrained(
+            UNet2DConditionModel.from_pretrained(sd15, subfolder="unet"), tmp_path / name
+        )
+        for layer in network.modules():
+            if hasattr(layer, "set_scale"):
+                layer.set_scale("default", scale)
+        with torch.no_grad():
+            actual = network.base_model.model(x, t, encoder_hidden_states=condition["prompt_embeds"]).sample
+        torch.testing.assert_close(actual, expected)
+
+
+def test_an_images_identity_has_the_few_steps_and_not_the_score_adapter(sd15):
+    from callbacks.image_store import describe_policy, hash_weights
+    from lightning_modules.functional.few_step import FewStepSampler
+
+    plain, scored = backbone_of("sd15", sd15), backbone_of("sd15", sd15)
+    for backbone in (plain, scored):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            backbone.load()
+    scored.add_score(lora(), 2.0)
+    assert hash_weights(plain) == hash_weights(scored)
+    before = describe_policy(scored, hash_weights(scored))
+    scored.few_step = FewStepSampler(4)
+    hashes = hash_weights(scored)
+    assert describe_policy(scored, hashes)["few_step"]["num_steps"] == 4
+    assert describe_policy(scored, hashes) != before
+    assert "few_step" not in describe_policy(scored, hashes, reference=True)
+
+
+def test_the_reference_of_a_full_student_is_the_frozen_score_network(sd15):
+    from callbacks.image_store import describe_policy, hash_weights
+
+    backbone, base = with_score("sd15", sd15, adapters=False), backbone_of("sd15", sd15)
+    base.load()
+    hashes = hash_weights(backbone)
+    expected = describe_policy(base, hash_weights(base), reference=True)["weights"]["denoiser"]
+    assert describe_policy(backbone, hashes, reference=True)["weights"]["denoiser"] == expected
+    assert hashes["denoiser"] != expected
+
+
+def test_a_small_decoder_makes_the_rewards_images(sd15, tmp_path):
+    from diffusers import AutoencoderTiny
+
+    backbone = with_score("sd15", sd15)
+    z = torch.randn(2, *backbone.latent_shape, requires_grad=True)
+    torch.testing.assert_close(backbone.decode_for_rewards(z), backbone.decode_latents(z))
+    channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(**channels, **blocks, latent_channels=4).save_pretrained(tmp_path / "tiny")
+    backbone.load_tiny_vae(str(tmp_path / "tiny"))
+    images = backbone.decode_for_rewards(z)
+    assert images.shape == (2, 3, 16, 16)
+    images.sum().backward()
+    assert z.grad.abs().max() > 0
+    assert not any(p.requires_grad for p in backbone.tiny_vae.parameters())
+    with pytest.raises(ValueError, match="model.reward_vae: cannot load"):
+        backbone.load_tiny_vae(str(sd15 / "vae"))

@@ -68,7 +68,7 @@ def loaded(module: DMDR, dtype: torch.dtype = torch.float32, moved: bool = True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         module.backbone.load(dtype)
-        module.backbone.add_score(module.score_lora)
+        module.backbone.add_score(module.score_lora, module.fake_scale)
         if moved:
             for parameter in module.trained_parameters().values():
                 parameter.data += 0.05 * torch.randn_like(parameter)
