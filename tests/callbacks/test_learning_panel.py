@@ -269,7 +269,10 @@ def test_numbers_do_not_depend_on_batches(sd15, tmp_path):
         panel = LearningPanel(num_pairs=5, num_buckets=2, draws=2)
         found.append(panel_of(watch(tmp_path / f"{batch_size}-{chunk_size}", module, panel, Same(), max_steps=2)))
     for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=2e-3, abs=1e-5)
+        for name, value in found[0].items():
+            # A decision is beta/2 times a difference of errors near 1, whose rounding it enlarges.
+            rounding = 2e-4 if name.startswith("decision") else 1e-5
+            assert other[name] == pytest.approx(value, rel=2e-3, abs=rounding), name
 
 
 def test_reference_predicts_once(sd15, tmp_path, monkeypatch):
@@ -306,10 +309,9 @@ def test_resumed_run_goes_on_with_its_history(sd15, tmp_path):
     trainer = make_trainer(tmp_path / "resumed", [resumed], **OPTIONS, max_steps=6)
     trainer.fit(make_module(sd15), datamodule=RandomPairs(), ckpt_path=tmp_path / "step=3.ckpt", weights_only=True)
     assert resumed.history["step"] == [2, 4, 6]
-    assert (
-        resumed.history == pytest.approx(whole.history) if False else resumed.history["step"] == whole.history["step"]
-    )
-    assert resumed.history["drift"] == pytest.approx(whole.history["drift"], rel=1e-6)
+    assert resumed.history.keys() == whole.history.keys()
+    for name, values in whole.history.items():
+        assert resumed.history[name] == pytest.approx(values, rel=1e-5), name
 
 
 def test_fewer_pairs_than_asked_and_no_ties(sd15, source, tmp_path):
