@@ -1,7 +1,10 @@
 """Leave behind what diffusers and ComfyUI load, and prove that it loads."""
 
+import json
 import re
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_modules.backbones.base import Backbone, absent_parts, read_index
+from lightning_modules.backbones.base import SAMPLING_FILE, Backbone
 from lightning_modules.base import AlignmentModule
 
 # Largest difference of one forward pass, relative to its largest output. Both sides do the same operations on the same
@@ -22,6 +25,9 @@ TOLERANCE_LOW_PRECISION = 1e-3
 # the type's precision, where weights were rounded: the network magnifies both.
 FOLDING = 5e-3
 ROUNDINGS = 8
+# Mean difference of the images, in [0, 1], that a distilled model and its export draw: a wrong timestep is far above.
+IMAGE_TOLERANCE = 1e-3
+IMAGE_TOLERANCE_LOW_PRECISION = 1e-2
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LoraFormat = Literal["diffusers", "kohya"]
@@ -32,8 +38,9 @@ class ExportPipeline(pl.Callback):
     """Write `export/` into the run's folder when fit ends: the LoRA, or a whole pipeline if all weights were trained.
 
     The export is written beside its place, loaded again as a user would, and one forward pass of the denoiser is
-    compared with the model in memory; only then it takes its place, replacing an earlier one. An interruption never
-    leaves half an export under that name. Weights that FSDP2 has spread over the ranks are gathered first.
+    compared with the model in memory; of a distilled model an image is compared as well, drawn by the exported
+    scheduler. Only then the export takes its place, replacing an earlier one. An interruption never leaves half an
+    export under that name. Weights that FSDP2 has spread over the ranks are gathered first.
 
     Args:
         every_n_steps: Export during training too, every so many optimizer steps. Null exports at the end only.
@@ -172,8 +179,9 @@ def check_export(backbone: Backbone, folder: Path, call: DenoiserCall, dtype: to
         return network(*wide(inputs), **wide(keywords))[0]
 
     if backbone.lora is None:
-        whole = open_pipeline(backbone, folder)
+        whole = backbone.open_pipeline(folder)
         compare(folder, run(whole), output, tolerance + rounding)
+        compare_images(backbone, folder, getattr(whole, backbone.denoiser_name), dtype)
         return
     merged = folder / "merged"
     pipeline = backbone.load_pipeline()
@@ -182,11 +190,13 @@ def check_export(backbone: Backbone, folder: Path, call: DenoiserCall, dtype: to
         load_lora(pipeline, file)
         share = rounding if file.name == LORA_FILE else FOLDING + rounding
         compare(file, run(pipeline), output, tolerance, share, base_output)
+        if file.name == LORA_FILE:
+            compare_images(backbone, folder, getattr(pipeline, backbone.denoiser_name), dtype)
         output_wide = run(pipeline, autocast=False) if merged.exists() else None
         pipeline.unload_lora_weights()
     del pipeline
     if merged.exists():
-        whole = open_pipeline(backbone, merged)
+        whole = backbone.open_pipeline(merged)
         compare(merged, run(whole, autocast=False), output_wide, TOLERANCE + rounding, FOLDING, base_wide)
 
 
@@ -224,6 +234,70 @@ def compare(
         )
 
 
+def compare_images(backbone: Backbone, folder: Path, network: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Compare an image of a distilled model with what diffusers draws by the exported network and scheduler.
+
+    The pipeline of diffusers ends a flow at t = 0, so that the model in memory does so here, too, wherever its
+    training does (0.001 as published, a difference of 0.001 times the velocity).
+
+    Args:
+        backbone: What was exported.
+        folder: The export.
+        network: The denoiser as it was loaded again.
+        dtype: Type of the exported weights.
+
+    Raises:
+        RuntimeError: if they differ by more than rounding.
+    """
+    if backbone.few_step is None or not (folder / "scheduler").exists():
+        return
+    call = json.loads((folder / SAMPLING_FILE).read_text(encoding="utf-8"))
+    pipeline, few_step = backbone.pipeline, backbone.few_step
+    before = getattr(pipeline, backbone.denoiser_name), pipeline.scheduler
+    try:
+        backbone.few_step = replace(few_step, end=0.0, timesteps=tuple(backbone.few_step_timesteps.tolist()))
+        expected = backbone.generate([backbone.example_prompt], seeds=[0])
+        setattr(pipeline, backbone.denoiser_name, network)
+        pipeline.scheduler = open_scheduler(folder / "scheduler")
+        images = draw_by_pipeline(backbone, seed=0, **call)
+    finally:
+        backbone.few_step = few_step
+        setattr(pipeline, backbone.denoiser_name, before[0])
+        pipeline.scheduler = before[1]
+    whole = backbone.compute_dtype == dtype == torch.float32
+    allowed = IMAGE_TOLERANCE if whole else IMAGE_TOLERANCE_LOW_PRECISION
+    difference = (images - expected).abs().mean()
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"The export in {str(folder)!r} does not sample as the student was trained to: with its scheduler an image "
+            f"differs by {difference:.1e} on average; at most {allowed:.0e} is rounding. The export was left there for "
+            "inspection; the weights are safe in the checkpoints."
+        )
+
+
+def draw_by_pipeline(backbone: Backbone, seed: int, **call: Any) -> Tensor:
+    """(1, 3, H, W) float32 image of the example prompt by the pipeline as it is, on the CPU."""
+    generator = [torch.Generator().manual_seed(seed)]
+    if call["num_inference_steps"] > 1 and backbone.prediction_type == "flow":
+        # The pipeline gives the schedulers of flows no generator, so that new noise would come from the global one.
+        step = backbone.pipeline.scheduler.step
+        backbone.pipeline.scheduler.step = partial(step, generator=generator)
+    size = backbone.latent_shape[1] * backbone.pipeline.vae_scale_factor
+    with backbone.autocast():
+        images = backbone.pipeline(
+            [backbone.example_prompt], height=size, width=size, generator=generator, output_type="pt", **call
+        ).images
+    return images.float().cpu()
+
+
+def open_scheduler(folder: Path) -> Any:
+    """The scheduler that was exported to a folder."""
+    import diffusers
+
+    name = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    return getattr(diffusers, name).from_pretrained(folder)
+
+
 def wide(value: Any) -> Any:
     """Inputs of a network with all floating-point tensors in float32."""
     if isinstance(value, Tensor):
@@ -240,16 +314,10 @@ def denoiser_call(backbone: Backbone) -> DenoiserCall:
         lambda module, inputs, keywords, output: calls.append((inputs, keywords, output[0])), with_kwargs=True
     )
     try:
-        backbone.generate(["a red circle above a blue square"], seeds=[0], num_inference_steps=2)
+        backbone.generate([backbone.example_prompt], seeds=[0], num_inference_steps=2)
     finally:
         handle.remove()
     return calls[0]
-
-
-def open_pipeline(backbone: Backbone, folder: Path) -> Any:
-    """The pipeline that was exported to a folder."""
-    absent = dict.fromkeys(absent_parts(read_index(folder)))
-    return type(backbone.pipeline).from_pretrained(folder, dtype=torch.float32, **absent)
 
 
 def load_lora(pipeline: Any, file: Path) -> None:

@@ -207,6 +207,8 @@ class DMDR(AlignmentModule):
         micro_batch_size: Prompts of one pass through the networks; a batch is split into such parts, and each network
             is stepped once for all of them. Null takes the whole batch.
         gradient_clip_val: Largest norm of each network's gradient; null does not clip.
+        start_weights: File of weights that a student without `lora` starts from, in place of the base's, which the
+            score network keeps: DMD2's one-step SDXL (.bin), or another state dict of the denoiser.
         start_from: Checkpoint (.ckpt) of another run of the same model, usually the cold start's: its weights are where
             this run starts. Learning rates are this run's.
         keep_optimizers: Take over that run's optimizer states too.
@@ -248,6 +250,7 @@ class DMDR(AlignmentModule):
         reward_vae: str | None = None,
         micro_batch_size: int | None = None,
         gradient_clip_val: float | None = 1.0,
+        start_weights: str | None = None,
         start_from: str | None = None,
         keep_optimizers: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01),
@@ -283,6 +286,8 @@ class DMDR(AlignmentModule):
             ("micro_batch_size", micro_batch_size is None or micro_batch_size >= 1, "1 or more prompts, or null"),
             ("gradient_clip_val", gradient_clip_val is None or gradient_clip_val > 0.0, "a positive number, or null"),
             ("reward_vae", reward_vae is None or bool(rewards), "null where there are no rewards"),
+            ("start_weights", start_weights is None or backbone.lora is None, "null, as backbone.lora is set"),
+            ("start_weights", start_weights is None or start_from is None, "null, as start_from has the weights"),
             ("keep_optimizers", start_from is not None or not keep_optimizers, "false where start_from is null"),
         ):
             if not holds:
@@ -328,6 +333,7 @@ class DMDR(AlignmentModule):
         self.reward_vae = reward_vae
         self.micro_batch_size = micro_batch_size
         self.gradient_clip_val = gradient_clip_val
+        self.start_weights = start_weights
         self.start_from = start_from
         self.keep_optimizers = keep_optimizers
         self.score_optimizer = score_optimizer
@@ -385,6 +391,11 @@ class DMDR(AlignmentModule):
                 f"model.micro_batch_size is {self.micro_batch_size} and data.batch_size {batch_size}; expected a part "
                 "that divides it: every micro-batch counts the same in the mean."
             )
+        if self.start_weights is not None and not Path(self.start_weights).is_file():
+            raise ValueError(
+                f"model.start_weights: there is no file {self.start_weights!r} (looked in {Path.cwd()}); expected the "
+                "downloaded weights of a denoiser, such as DMD2's one-step SDXL."
+            )
         if self.start_from is not None and not Path(self.start_from).is_file():
             raise ValueError(
                 f"model.start_from: there is no file {self.start_from!r} (looked in {Path.cwd()}); expected a "
@@ -403,6 +414,8 @@ class DMDR(AlignmentModule):
         self.backbone.add_score(self.score_lora, self.fake_scale)
         if self.reward_vae is not None and self.trainer.state.fn == "fit":
             self.backbone.load_tiny_vae(self.reward_vae)
+        if self.start_weights is not None and self.trainer.state.fn == "fit":
+            self.backbone.load_start_weights(self.start_weights)
         if self.start_from is not None and self.trainer.state.fn == "fit":
             checkpoint = torch.load(self.start_from, map_location="cpu", weights_only=True)
             self.check_trained(checkpoint)

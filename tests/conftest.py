@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tests.tiny import save_sd3, save_sd15, save_sdxl
+from tests.tiny import save_sd3, save_sd15, save_sdxl, save_sit
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +47,9 @@ def sdxl_turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Stable Diffusion 3.5 (medium) pipeline."""
     return save_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="session")
+def sit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random SiT of 10 classes, `sit.pt`, and its VAE, `vae/`."""
+    return save_sit(tmp_path_factory.mktemp("sit"), image_size=32)

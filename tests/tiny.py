@@ -340,3 +340,43 @@ def save_clip_tokenizer(folder: Path | str, max_length: int = 77, pad_token: str
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "pad_token": pad_token}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def save_sit(folder: Path | str, image_size: int = 16, num_classes: int = 10, seed: int = 0) -> Path:
+    """Save a random SiT as REPA's are published, `sit.pt` with projection heads, and a VAE of diffusers in `vae/`.
+
+    It has the size T/2, which this adds to the known ones. Latents are an eighth of the image's size, as SiT's are.
+
+    Args:
+        folder: Where the files go; made if absent.
+        image_size: Height and width of the images; a multiple of 16.
+        num_classes: Classes, without "no class".
+        seed: Seed of the weights; the global random state is left alone.
+
+    Returns:
+        The folder.
+    """
+    from diffusers import AutoencoderKL
+
+    from lightning_modules.backbones.sit_network import SIZES, SiTNetwork, preset
+
+    SIZES["T"] = (2, 4 * WIDTH, 4)
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = SiTNetwork(preset("T/2", image_size // 8, num_classes))
+        for parameter in network.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(WIDTH,) * 4,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=2,
+            sample_size=image_size,
+        )
+        heads = {f"projectors.0.{i}.{part}": torch.randn(3, 3) for i in (0, 2, 4) for part in ("weight", "bias")}
+    vae.save_pretrained(folder / "vae")
+    torch.save(network.state_dict() | heads, folder / "sit.pt")
+    return folder

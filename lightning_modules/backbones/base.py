@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.batches import ImageBatch, PairBatch
+from lightning_modules.backbones.few_step_schedulers import few_step_scheduler
 from lightning_modules.backbones.lora_files import save_kohya_lora
+from lightning_modules.backbones.start_weights import load_start_weights
 from lightning_modules.functional.few_step import FewStepSampler, few_step_trajectory
 from lightning_modules.functional.latents import sample_posterior
 from lightning_modules.functional.noise import PredictionType, add_noise, draw_noise, guide, regression_target, to_x0
@@ -29,6 +31,7 @@ from lightning_modules.functional.noise import PredictionType, add_noise, draw_n
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
+SAMPLING_FILE = "sampling.json"  # beside an exported distilled model: arguments of the pipeline's call
 # Names of adapters, peft's own for the first: the trained policy's, and that of the score network of a distillation.
 GENERATOR, SCORE = "default", "score"
 Role = tuple[str | None, float]  # the adapter that acts, or none, and the factor on its strength
@@ -69,6 +72,7 @@ class Backbone(nn.Module):
         variant: Weight-file variant of `pretrained`, for example `fp16`.
         scheduler: Class in diffusers that samples generated images instead of the checkpoint's own, for example
             DDIMScheduler; it gets the settings of the checkpoint's. Training does not depend on it.
+        image_size: Height and width of generated images, in pixels. Null takes what the checkpoint was made for.
     """
 
     pipeline_class_name: ClassVar[str]  # in diffusers
@@ -79,6 +83,7 @@ class Backbone(nn.Module):
     lora_formats: ClassVar[tuple[str, ...]] = ("diffusers", "kohya")  # layouts of LoRA files that the family has
     left_out: tuple[str, ...] = ()  # parts of the pipeline that are not loaded
     kohya_version: str  # what kohya's LoRA files call the base model, for example "sd_v1"
+    example_prompt: ClassVar[str] = "a red circle above a blue square"  # for looking at what an export draws
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class Backbone(nn.Module):
         revision: str | None = None,
         variant: str | None = None,
         scheduler: str | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         if chunk_size < 1 or num_inference_steps < 1:
@@ -100,18 +106,16 @@ class Backbone(nn.Module):
                 f"backbone: chunk_size is {chunk_size} and num_inference_steps is {num_inference_steps}; both must be "
                 "1 or more."
             )
+        if image_size is not None and (image_size < 8 or image_size % 8):
+            raise ValueError(f"backbone.image_size is {image_size}; expected a multiple of 8 pixels, or null.")
         self.pretrained = pretrained
-        check_model_path("backbone.pretrained", pretrained, "model_index.json")
-        if lora is not None:
-            check_lora(lora)
-        if Path(pretrained).is_dir():
-            self.check_parts(read_index(Path(pretrained)))
-        for name, path, subfolder in (("denoiser", denoiser, self.denoiser_name), ("vae", vae, "vae")):
-            if path is not None:
-                check_model_path(f"backbone.{name}", path, "config.json", subfolder)
         self.denoiser_path = denoiser
         self.vae_path = vae
+        if lora is not None:
+            check_lora(lora)
+        self.check_sources()
         self.lora = lora
+        self.image_size = image_size
         self.gradient_checkpointing = gradient_checkpointing
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
@@ -124,6 +128,19 @@ class Backbone(nn.Module):
         self.fingerprints: dict[str, str] = {}
         self.few_step: FewStepSampler | None = None  # how the policy makes images, if it was distilled
         self.acting: Role = (GENERATOR, 1.0)
+
+    def check_sources(self) -> None:
+        """Stop early at paths that can only be local and hold no model of this family.
+
+        Raises:
+            ValueError: naming the option, the path, and what was expected there.
+        """
+        check_model_path("backbone.pretrained", self.pretrained, "model_index.json")
+        if Path(self.pretrained).is_dir():
+            self.check_parts(read_index(Path(self.pretrained)))
+        for name, path, part in (("denoiser", self.denoiser_path, self.denoiser_name), ("vae", self.vae_path, "vae")):
+            if path is not None:
+                check_model_path(f"backbone.{name}", path, "config.json", part)
 
     # ------------------------------------------------------------------------------------------------ life cycle
 
@@ -295,6 +312,17 @@ class Backbone(nn.Module):
         self.score_scale = scale
         self._act(*self.acting)
 
+    def load_start_weights(self, file: str) -> None:
+        """Start the policy, all of whose weights are trained, from those of a file; a score network stays the base.
+
+        Args:
+            file: A bare state dict of the denoiser, as DMD2 publishes its one-step SDXL.
+
+        Raises:
+            ValueError: naming the weights that are missing, not known, or of another shape.
+        """
+        load_start_weights("model.start_weights", file, self.denoiser)
+
     @property
     def score_network(self) -> nn.Module:
         """The network that carries the score adapters: the denoiser itself, or a second one."""
@@ -432,8 +460,10 @@ class Backbone(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of an image of the size that the model was made for."""
+        """Channels, height and width of the latents of generated images."""
         size = self.denoiser.config.sample_size
+        if self.image_size is not None:
+            size = self.image_size // self.pipeline.vae_scale_factor
         height, width = (size, size) if isinstance(size, int) else size
         return self.denoiser.config.in_channels, height, width
 
@@ -577,21 +607,26 @@ class Backbone(nn.Module):
             for start in range(0, len(prompts), self.chunk_size):
                 chunk = slice(start, start + self.chunk_size)
                 if self.few_step is not None and self.acting[0] == GENERATOR:
-                    images.append(self._draw_in_few_steps(prompts[chunk], seeds[chunk]))
-                    continue
-                with self.autocast():
-                    output = self.pipeline(
-                        prompt=prompts[chunk],
-                        generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
+                    drawn = self._draw_in_few_steps(prompts[chunk], seeds[chunk])
+                else:
+                    drawn = self._draw_by_pipeline(
+                        prompts[chunk],
+                        seeds[chunk],
                         num_inference_steps=num_inference_steps or self.num_inference_steps,
                         guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
-                        output_type="pt",
-                        **self.pipeline_options,
                     )
-                images.append(output.images.float().cpu())
+                images.append(drawn.float().cpu())
         finally:
             network.train(was_training)
         return torch.cat(images) if images else torch.empty(0, 3, 0, 0)
+
+    def _draw_by_pipeline(self, prompts: list[str], seeds: list[int], **arguments: Any) -> Tensor:
+        """`generate` by diffusers; `arguments` go to the pipeline."""
+        size = {} if self.image_size is None else {"height": self.image_size, "width": self.image_size}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = self.pipeline_options | size | arguments
+        with self.autocast():
+            return self.pipeline(prompt=prompts, generator=generators, output_type="pt", **options).images
 
     def _draw_in_few_steps(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """`generate` for a distilled policy; the starting noise of a seed is the same as the pipeline's."""
@@ -602,7 +637,7 @@ class Backbone(nn.Module):
             return torch.cat(noise).to(self.device)
 
         clean = self.sample_in_few_steps(draw(), self.encode_prompts(prompts), draw)[1]
-        return (self.decode_latents(clean[-1]) / 2 + 0.5).clamp(0, 1).cpu()
+        return (self.decode_latents(clean[-1]) / 2 + 0.5).clamp(0, 1)
 
     def sample_in_few_steps(
         self, x: Tensor, condition: Conditioning, draw: Callable[[], Tensor], steps: int | None = None
@@ -660,9 +695,11 @@ class Backbone(nn.Module):
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        sampling = None if self.few_step is None else self.save_sampling(folder)
         if self.lora is None:
             pipeline = self.load_pipeline()
             getattr(pipeline, self.denoiser_name).load_state_dict(weights)
+            pipeline.scheduler = sampling or pipeline.scheduler
             save_pipeline(pipeline, folder, dtype)
             return
         adapters = get_peft_model_state_dict(self.denoiser, state_dict=weights)
@@ -677,7 +714,35 @@ class Backbone(nn.Module):
             set_peft_model_state_dict(network, adapters)
             network.fuse_lora()
             network.unload_lora()
+            pipeline.scheduler = sampling or pipeline.scheduler
             save_pipeline(pipeline, folder / "merged", dtype)
+
+    def save_sampling(self, folder: Path) -> Any:
+        """Write how a distilled model samples: `scheduler/`, and the arguments of a pipeline's call in sampling.json.
+
+        A LoRA is loaded into the base's pipeline, which then needs this scheduler.
+
+        Returns:
+            The scheduler.
+        """
+        timesteps = self.few_step_timesteps.tolist()
+        scheduler, told = few_step_scheduler(
+            timesteps, self.few_step.mode, self.prediction_type, self.pipeline.scheduler.config
+        )
+        if told:
+            rank_zero_warn(
+                f"The student was trained at the timesteps {timesteps}, which no scheduler of diffusers takes by "
+                f"itself: whoever samples must pass {told}, as sampling.json and the model card say."
+            )
+        scheduler.save_pretrained(folder / "scheduler")
+        call = {"num_inference_steps": len(timesteps), "guidance_scale": 1.0, **told, **self.pipeline_options}
+        (folder / SAMPLING_FILE).write_text(json.dumps(call, indent=2) + "\n", encoding="utf-8")
+        return scheduler
+
+    def open_pipeline(self, folder: Path) -> Any:
+        """The pipeline that was exported to a folder."""
+        absent = dict.fromkeys(absent_parts(read_index(folder)))
+        return type(self.pipeline).from_pretrained(folder, dtype=torch.float32, **absent)
 
     def save_adapter(self, folder: Path, adapter: str) -> None:
         """Write an adapter in PEFT's layout, for `PeftModel.from_pretrained(network, folder)`.
