@@ -47,8 +47,7 @@ class SaveAdapters(pl.Callback):
             return  # ExportPipeline says why
         run, backbone = Path(trainer.log_dir or trainer.default_root_dir), pl_module.backbone
         for adapter, name in FOLDERS.items():
-            network = backbone.score_network if adapter == SCORE else backbone.denoiser
-            if adapter not in (getattr(network, "peft_config", None) or {}):
+            if adapter == GENERATOR and backbone.lora is None:
                 continue
             partial = run / name / ".partial"
             backbone.save_adapter(partial, adapter)
