@@ -8,6 +8,7 @@ with less and less of it.
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,11 +16,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from datamodules.batches import TrainingPrompts
 from lightning_modules.backbones.base import SCORE, Backbone, Conditioning, check_lora
@@ -34,6 +36,7 @@ Renoise = Literal["beta", "uniform"]
 # What the student is trained on: `x_in` (B, C, h, w) and `t` (B,), its input; `x0` (B, C, h, w), its sample, which the
 # fake score is fitted to.
 Sample = dict[str, Tensor]
+BUCKET = 2**25  # elements of gradients that the ranks exchange at once
 FIRST_TIME = 0.001  # the smallest renoise time: below the end of a flow's trajectory the direction would be reversed
 
 
@@ -151,6 +154,27 @@ def draw_guidance(scale: float, jitter: float) -> float:
     return scale + jitter * (2.0 * float(torch.rand((), device="cpu")) - 1.0) if scale > 1.0 else scale
 
 
+def average_gradients(parameters: list[nn.Parameter], bucket: int = BUCKET) -> None:
+    """Average the gradients of one network over the ranks, in flat buckets; parameters without one are left out.
+
+    Args:
+        parameters: The same on every rank, and with gradients of the same ones.
+        bucket: Elements exchanged at once; a larger gradient goes alone.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    while gradients:
+        number, elements = 1, gradients[0].numel()
+        while number < len(gradients) and elements + gradients[number].numel() <= bucket:
+            elements += gradients[number].numel()
+            number += 1
+        together, gradients = gradients[:number], gradients[number:]
+        flat = torch.cat([gradient.flatten() for gradient in together])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        parts = flat.split([gradient.numel() for gradient in together])
+        torch._foreach_copy_(together, [part.view_as(gradient) for part, gradient in zip(parts, together, strict=True)])
+
+
 def append_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     """Append one JSON object per line."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -177,8 +201,9 @@ class DMDR(AlignmentModule):
         timesteps: The student's timesteps, in the model's own unit and decreasing, instead of the published ones.
         simulation: "published" noises the sample that was predicted at the drawn step; "dmd2" gives the student what it
             meets when it samples, and fits the fake score to what it makes of that, after the student's update.
-        shared_step: Draw one step for a micro-batch instead of one for each sample: with "sde" the simulation stops
-            there, which saves (n - 1) / 2 of n passes. Null shares it where that saves something.
+        shared_step: Draw one step for all samples of an inner step, of all GPUs, as DMD2 does, instead of one for each:
+            with "sde" the simulation stops there, which saves (n - 1) / 2 of n passes. Null shares it where that saves
+            something.
         ratio: R, inner steps for one update of the student.
         fake_scale: Strength of the score adapter as the fake score.
         teacher_scale: Its strength in the teacher at the start of the dynamic phase.
@@ -338,6 +363,8 @@ class DMDR(AlignmentModule):
         self.keep_optimizers = keep_optimizers
         self.score_optimizer = score_optimizer
 
+        self.inner_draws: torch.Generator | None = None  # what all ranks and micro-batches draw alike
+        self.averages = False  # whether the ranks' gradients are averaged here, by `average_gradients`
         self.norm: Tensor | None = None  # of the gradient that was stepped last
         self.inner_step = 0  # begun
         self.generator_step = 0  # updates of the student done
@@ -378,6 +405,17 @@ class DMDR(AlignmentModule):
             raise ValueError(
                 "trainer.strategy is DeepSpeed, which has one optimizer and one engine; DMDR trains two networks. Use "
                 "DDP (cli_configs/trainer/ddp.yaml) or FSDP2 (fsdp2.yaml)."
+            )
+        whole = self.backbone.few_step.mode == "ode" and self.simulation == "published"
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not (self.shared_step or whole):
+            raise ValueError(
+                "model.shared_step is false, and trainer.strategy FSDP2 (ModelParallelStrategy), under which all ranks "
+                "have to ask the network equally often; set model.shared_step: true, or use DDP."
+            )
+        if self.simulation == "dmd2" and str(self.trainer.precision) == "16-mixed":
+            raise ValueError(
+                "model.simulation is 'dmd2', and trainer.precision 16-mixed, whose one loss scale would change between "
+                "the steps of the two networks; use bf16-mixed, or model.simulation: published."
             )
         data = self.trainer.datamodule
         if data is not None and not hasattr(data, "visits"):
@@ -422,6 +460,11 @@ class DMDR(AlignmentModule):
             self.check_scale(checkpoint["limelight"])
             self.load_state_dict(checkpoint["state_dict"], strict=False)
             rank_zero_info(f"Starting from the weights of {self.start_from}")
+        # DDP would broadcast what every rank has read from the same files, and reserve buckets as large as everything
+        # that is trained for an exchange that `average_gradients` makes; it wants one parameter.
+        names = [name for name, _ in [*self.named_parameters(), *self.named_buffers()]]
+        names.remove(next(iter(self.trained_parameters())))
+        self._ddp_params_and_buffers_to_ignore = names
 
     def network_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """What is trained of the student, and of the fake score."""
@@ -440,6 +483,7 @@ class DMDR(AlignmentModule):
             for optimizer, state in zip(self.trainer.optimizers, states, strict=True):
                 optimizer.load_state_dict(state)
         super().on_train_start()
+        self.averages = isinstance(self.trainer.strategy, DDPStrategy)
         self.since_update = [loss.to(self.device) for loss in self.since_update]
         grid = self.backbone.few_step_timesteps
         alpha, _ = self.backbone.coefficients(self.backbone.timesteps_at(torch.ones(1)))
@@ -500,13 +544,17 @@ class DMDR(AlignmentModule):
         """Make the random numbers of a micro-batch a function of the run's seed and its place among all of them."""
         place = (self.inner_step * self.trainer.world_size + self.trainer.global_rank) * parts + number
         torch.manual_seed(batch_seed(self.run_seed, stage, place))
+        self.inner_draws = torch.Generator().manual_seed(batch_seed(self.run_seed, "inner step", self.inner_step))
 
     @torch.no_grad()
     def simulate(self, condition: Conditioning, B: int) -> Sample:
         """Let the student sample from noise, and draw the step of each sample at which it is trained."""
         backbone = self.backbone
         grid = backbone.few_step_timesteps
-        step = torch.randint(len(grid), (1 if self.shared_step else B,), device="cpu").expand(B)
+        if self.shared_step:
+            step = torch.randint(len(grid), (1,), generator=self.inner_draws).expand(B)
+        else:
+            step = torch.randint(len(grid), (B,), device="cpu")
         last = int(step.max())
 
         def draw() -> Tensor:
@@ -615,13 +663,26 @@ class DMDR(AlignmentModule):
 
     # ------------------------------------------------------------------------------------------------ optimizer steps
 
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward pass without DDP's exchange, which takes both networks for one and waits for all gradients."""
+        model = self.trainer.model
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            super().manual_backward(loss, *args, **kwargs)
+
+    def exchange(self, optimizer: LightningOptimizer) -> None:
+        """Average the stepped network's gradients over the ranks; before they are unscaled: all see an overflow."""
+        if self.averages:
+            average_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
+
     def step_student(self, optimizer: LightningOptimizer) -> None:
+        self.exchange(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         self.generator_step += 1
 
     def step_fake(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
         """Step the fake score, unseen by the Trainer, whose steps are the student's."""
+        self.exchange(optimizer)
         optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
         optimizer.step()
         optimizer.zero_grad()

@@ -238,16 +238,17 @@ class Backbone(nn.Module):
             self.add_module("reference_denoiser", reference)
 
     def shard(self, mesh: Any) -> None:
-        """Split the denoiser over the devices of `mesh` with FSDP2, block by block.
+        """Split the denoiser, and a score network of its own, over the devices of `mesh` with FSDP2, block by block.
 
         Args:
             mesh: Lightning's device mesh with a "data_parallel" dimension.
         """
         from torch.distributed.fsdp import fully_shard
 
-        blocks = [m for m in self.denoiser.modules() if type(m).__name__ in (self.denoiser._no_split_modules or ())]
-        for module in [*reversed(blocks), self.denoiser]:  # inner blocks first
-            fully_shard(module, mesh=mesh["data_parallel"])
+        for network in dict.fromkeys((self.denoiser, self.score_network)):
+            blocks = [m for m in network.modules() if type(m).__name__ in (network._no_split_modules or ())]
+            for module in [*reversed(blocks), network]:  # inner blocks first
+                fully_shard(module, mesh=mesh["data_parallel"])
 
     def _after_load(self) -> None:
         """What a family still has to prepare once its networks exist."""

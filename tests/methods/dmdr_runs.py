@@ -92,7 +92,6 @@ def fit(
     file.write_text("\n".join(f"picture {i}" for i in range(prompts)) + "\n")
     runner = pl.Trainer(
         accelerator="cpu",
-        devices=1,
         max_steps=max_steps,
         logger=CSVLogger(folder, name="", version="log", flush_logs_every_n_steps=1),
         callbacks=[
@@ -103,7 +102,7 @@ def fit(
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"precision": "32-true"} | trainer,
+        **{"devices": 1, "precision": "32-true"} | trainer,
     )
     data = PromptStream(PromptList(str(file)), batch_size)
     runner.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
