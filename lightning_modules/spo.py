@@ -28,6 +28,7 @@ from lightning_modules.rewards.base import Reward
 # M pairs: `t` and `s` (M,), the timesteps before and after the step; `x_t` and `x_s` (M, 2, C, h, w), the latents then,
 # the preferred one first; `shared` (M,), whether both come from one x_t; `prompt` (M,), number of the prompt.
 Pairs = dict[str, Tensor]
+LEAST_NOISE = 0.01  # sigma at which a step of a flow may land
 EMPTY_ROUNDS = 3  # in a row without a pair, until the run says so
 
 
@@ -60,13 +61,15 @@ def rollout(
     inner_steps: int,
     threshold: float,
     extend_last: bool,
+    noisy_end: bool = False,
 ) -> tuple[Pairs, Tensor]:
     """Sample B images and keep, from step d on, the best and the worst of K candidates wherever a judge sees a gap.
 
     Steps i < d are ordinary. At step d one latent branches into K, each of which takes J further steps of its own. Then
     the K finished images that the network expects are judged, at the timestep where the candidates stand; a random one
     of them, not the best, branches again, from the prediction that was judged. The last candidates are judged as they
-    are, at the last timestep. Every step of a group of J + 1 makes a pair of the group's best and worst candidate.
+    are, at the last timestep; if that one has noise, by the network's prediction too. Every step of a group of J + 1
+    makes a pair of the group's best and worst candidate.
 
     Args:
         x: (B, C, h, w) pure noise.
@@ -81,6 +84,7 @@ def rollout(
         inner_steps: J.
         threshold: tau of `select_pair`.
         extend_last: Let the last step extend its group, however long that is, as the published code does for SDXL.
+        noisy_end: Whether there is noise left at the last timestep, so that x must be denoised before it is judged.
 
     Returns:
         The valid pairs, in the order of events, steps and prompts, `prompt` counting the B; and (E, K, B) scores of the
@@ -123,7 +127,7 @@ def rollout(
         if i >= first_step:
             group.append((i, x, after))
         x = after
-    judge(x, grid[-1])
+    judge(predict(x, grid[-1])[0] if noisy_end else x, grid[-1])
     return {name: torch.cat([pairs[name] for pairs in kept]) for name in kept[0]}, torch.stack(events)
 
 
@@ -261,6 +265,12 @@ class SPO(AlignmentModule):
         ):
             if not holds:
                 raise ValueError(f"model.{name} is {locals()[name]}; expected {expected}.")
+        parts = [part for part in judge.modules() if isinstance(part, Reward) and part.takes_timestep]
+        if parts and not judge.takes_timestep:
+            raise ValueError(
+                f"model.judge is a {type(judge).__name__}, which would ask its {type(parts[0]).__name__} without the "
+                "timestep, as if all images were finished; give the step-aware model alone."
+            )
         self.automatic_optimization = False  # rounds differ in their number of optimizer steps
         self.judge = judge.eval().requires_grad_(False)
         self.num_steps = num_steps
@@ -337,10 +347,24 @@ class SPO(AlignmentModule):
     def prepare_steps(self) -> None:
         """Lay out the sampling steps.
 
+        A flow's last steps land where there is hardly any noise, or none: candidates would look alike, and their
+        probabilities be many times as sensitive as others', or not exist. The steps end before them, and the last
+        candidates are judged by the prediction that stands there. Stable Diffusion 1.5 and SDXL lose none.
+
         Raises:
-            ValueError: if one of them has no probability, or starts where nothing is left of the image.
+            ValueError: if a step has no probability, or starts where nothing is left of the image, or none is left to
+                make pairs of.
         """
         self.grid = self.backbone.time_grid(self.num_steps)
+        self.noisy_end = self.backbone.prediction_type == "flow"
+        if self.noisy_end and self.backbone.device.type != "meta":
+            _, sigma = self.backbone.coefficients(self.grid)
+            self.grid = self.grid[sigma >= LEAST_NOISE]
+        if self.first_step > len(self.grid) - 2:
+            raise ValueError(
+                f"model.first_step is {self.first_step}; expected 0 to {len(self.grid) - 2}: of {self.num_steps} steps "
+                f"{self.num_steps + 1 - len(self.grid)} land where there is too little noise for candidates to differ."
+            )
         alpha, sigma = self.backbone.coefficients(self.grid)
         _, std = reverse_step(alpha[1:], alpha[1:], (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:]), self.eta)
         possible = (std > 0) & ((alpha[:-1] > 0) | (self.backbone.prediction_type != "epsilon"))
@@ -367,6 +391,8 @@ class SPO(AlignmentModule):
         log_ratio = self.log_ratio(pairs)
         loss, margin = spo_loss(log_ratio, self.beta, self.clip, self.pessimistic)
         self.log_pairs(pairs, log_ratio.detach(), loss, margin)
+        if self.pairs_left == len(pairs["t"]):  # before the optimizer's hooks, after which Lightning forgets
+            self.log_timesteps()
 
         stays_open = self.window_stays_open()
         with _block_parallel_sync_behavior(self.trainer.strategy, block=stays_open):
@@ -375,8 +401,6 @@ class SPO(AlignmentModule):
         self.accumulated += 1
         if not stays_open:
             self.take_step()
-        if not self.pairs_left:
-            self.log_timesteps()
 
     def on_before_batch_transfer(self, batch: TrainingPrompts, dataloader_idx: int) -> TrainingPrompts:
         self.log_at_optimizer_steps()
@@ -405,7 +429,7 @@ class SPO(AlignmentModule):
         order = torch.randperm(len(pairs["t"]), generator=torch.Generator().manual_seed(seed))
         mine = share_of_rank(order, rank, world_size)
         self.pairs = {name: tensor[mine] for name, tensor in pairs.items()}
-        self.log_round(scores, len(order) / (len(self.prompts) * (self.num_steps - self.first_step)))
+        self.log_round(scores, len(order) / (len(self.prompts) * (len(self.grid) - 1 - self.first_step)))
 
     def sample(self, prompts: list[str]) -> tuple[Pairs, Tensor]:
         """Pairs and scores of a rollout of B prompts."""
@@ -424,13 +448,18 @@ class SPO(AlignmentModule):
             step=lambda x_0, epsilon, t, s: self.step(x_0, epsilon, t.expand(len(x_0)), s.expand(len(x_0))),
             score=lambda latents, t: self.score(latents, t, prompts),
             draw=draw,
-            choose=lambda n: torch.randint(self.candidates, (n,), device="cpu"),
+            choose=self.choose,
             candidates=self.candidates,
             first_step=self.first_step,
             inner_steps=self.inner_steps,
             threshold=self.threshold,
             extend_last=self.inner_steps > 0,
+            noisy_end=self.noisy_end,
         )
+
+    def choose(self, n: int) -> Tensor:
+        """(n,) number of the candidate that goes on, on the CPU: any of them, however it was judged."""
+        return torch.randint(self.candidates, (n,), device="cpu")
 
     def score(self, latents: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
         """The judge's scores of the images of (K B, C, h, w) finished latents, (K, B) on the CPU.
@@ -558,9 +587,9 @@ class SPO(AlignmentModule):
                 "clip_share": clipped.mean(),
             }
         )
-        at = (pairs["t"][:, None] == self.grid[:-1]).float()  # (M, N)
+        at = (pairs["t"][:, None] == self.grid[:-1]).float()  # (M, steps)
         values = torch.stack([torch.ones_like(right), preferred - rejected, right, clipped], dim=1)
-        self.tally += (at[:, :, None] * values[:, None]).sum(0)
+        self.tally[: at.shape[1]] += (at[:, :, None] * values[:, None]).sum(0)
 
     def log_timesteps(self) -> None:
         """Log, at the end of a round, the unclipped margin, pair accuracy and clip share of each timestep."""

@@ -19,6 +19,7 @@ README = ROOT / "README.md"
 DPO_PAGE = ROOT / "cli_configs/dpo/README.md"
 ORPO_PAGE = ROOT / "cli_configs/orpo/README.md"
 SPM_PAGE = ROOT / "cli_configs/spm/README.md"
+SPO_PAGE = ROOT / "cli_configs/spo/README.md"
 PAGES = [README, *sorted(ROOT.glob("cli_configs/*/*.md"))]
 RECIPES = sorted(ROOT.glob("cli_configs/**/*.yaml"))
 ROOMS = ("lightning_modules", "datamodules", "callbacks", "cli_configs")
@@ -50,6 +51,19 @@ adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id logging_dir report
 prior_generation_precision local_rank enable_xformers_memory_efficient_attention rank tracker_name
 """
 PUBLISHED_SHARDS = "dataset_path num_train_examples per_gpu_batch_size global_batch_size"
+# Every key of the published SPO configs; the type names of functions and classes left out.
+PUBLISHED_SPO = """
+seed num_checkpoint_limit allow_tf32 use_xformers use_checkpointing pretrained.model pretrained.vae_model_name_or_path
+use_lora lora_rank preference_model_func_cfg.model_pretrained_model_name_or_path
+preference_model_func_cfg.processor_pretrained_model_name_or_path preference_model_func_cfg.ckpt_path
+compare_func_cfg.threshold dataset_cfg.meta_json_path dataset_cfg.pretrained_tokenzier_path dataloader_num_workers
+dataloader_shuffle dataloader_pin_memory dataloader_drop_last num_epochs resume_from sample.num_steps sample.eta
+sample.guidance_scale sample.sample_batch_size sample.num_sample_each_step sample.num_inner_step train.train_batch_size
+train.use_8bit_adam train.learning_rate train.adam_beta1 train.adam_beta2 train.adam_weight_decay train.adam_epsilon
+train.gradient_accumulation_steps train.max_grad_norm train.cfg train.divert_start_step train.beta train.eps
+validation_prompts num_validation_images eval_interval run_name wandb_project_name wandb_entity_name logdir
+save_interval
+"""
 
 
 class Parsed(Exception):
@@ -131,7 +145,8 @@ def test_commands_and_options_of_a_page_are_accepted(page):
         parse(arguments)
     for option in re.findall(r"`(--(?:model|data|trainer)\.[^`]+)`", page.read_text()):
         if " " in option:
-            recipe = {ORPO_PAGE: "orpo/sdxl_lora", SPM_PAGE: "spm/sd15"}.get(page, "dpo/sd15")
+            recipes = {ORPO_PAGE: "orpo/sdxl_lora", SPM_PAGE: "spm/sd15", SPO_PAGE: "spo/sd15"}
+            recipe = recipes.get(page, "dpo/sd15")
             parse(f"fit --config cli_configs/{recipe}.yaml {option}")
 
 
@@ -265,9 +280,31 @@ def test_the_map_of_sdxl_has_the_recipes_values(which, recipe):
         assert found.class_path.endswith(value) if isinstance(found, Namespace) else found == value_of(value), there
 
 
+def test_the_map_of_spo_holds_every_published_key():
+    rows = table(SPO_PAGE.read_text().split("## Every option of the published configs")[1].split("\n## ")[0])
+    assert sorted(row[0] for row in rows) == sorted(f"`{key}`" for key in PUBLISHED_SPO.split())
+
+
+@pytest.mark.parametrize(("which", "recipe"), [(0, "spo/sd15"), (-1, "spo/sdxl")])
+def test_the_map_of_spo_has_the_recipes_values(which, recipe):
+    config = parse(f"fit --config cli_configs/{recipe}.yaml").fit
+    section = SPO_PAGE.read_text().split("## Every option of the published configs")[1].split("\n## ")[0]
+    for there, _, here, values, why in table(section):
+        for option in re.findall(r"`((?:model|data|trainer)(?:\.\w+)+)`", why):
+            look_up(config, option)
+        if here == "none":
+            assert values == "", there
+            continue
+        found, value = look_up(config, here.strip("`")), values.split("; ")[which]
+        if value and not value.startswith("from "):  # else in words
+            name = type(found).__name__ if not isinstance(found, Namespace) else str(found.get("class_path", value))
+            assert found == value_of(value) or name.endswith(value), there
+
+
 @pytest.mark.parametrize(
     ("page", "recipes"),
     [
+        (SPO_PAGE, ["spo/sd15", "spo/sdxl"]),
         (DPO_PAGE, ["dpo/sd15", "dpo/sdxl"]),
         (ORPO_PAGE, ["orpo/sdxl_lora"]),
         (ORPO_PAGE, ["orpo/sdxl_lora_shards"]),

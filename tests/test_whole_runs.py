@@ -29,6 +29,17 @@ METHODS = {
     "dpo": "lightning_modules.diffusion_dpo.DiffusionDPO",
     "orpo": "lightning_modules.diffusion_orpo.DiffusionORPO",
     "sft": "lightning_modules.diffusion_sft.DiffusionSFT",
+    "spo": "lightning_modules.spo.SPO",
+}
+# What a method has beyond a backbone and an optimizer.
+OPTIONS = {
+    "spo": {
+        "judge": {"class_path": "tests.methods.spo_runs.Stripes", "init_args": {"strength": 1e7}},
+        "num_steps": 4,
+        "first_step": 1,
+        "candidates": 2,
+        "train_batch_size": 2,
+    },
 }
 BACKBONES = {
     "StableDiffusionPipeline": {"class_path": "lightning_modules.backbones.sd15.SD15", "init_args": {}},
@@ -102,6 +113,23 @@ def config(pretrained: Path, data: Path, method: str = "dpo", lora: bool = True,
     elif "sdxl" in backbone["class_path"]:
         optimizer = yaml.safe_load((ROOT / "cli_configs/dpo/sdxl.yaml").read_text())["model"]["init_args"]["optimizer"]
         optimizer["init_args"]["lr"] = 1e-3
+    prompts = {"source": str((data if data.is_dir() else data.parent) / "prompts.txt")}
+    pairs = {
+        "class_path": "datamodules.pickapic.PickAPicDataModule",
+        "init_args": {
+            "source": str(data),
+            "resolution": 16,
+            "batch_size": 2,
+            "random_crop": True,
+            "preferred_only": method == "sft",
+            "num_workers": settings.pop("num_workers", 0),
+            "test_prompts": prompts,
+        },
+    }
+    stream = {
+        "class_path": "datamodules.prompt_stream.PromptStream",
+        "init_args": {"prompts": prompts, "batch_size": 2, "test_prompts": prompts},
+    }
     return {
         "seed_everything": 5,
         "model": {
@@ -110,20 +138,10 @@ def config(pretrained: Path, data: Path, method: str = "dpo", lora: bool = True,
                 "backbone": backbone,
                 "optimizer": optimizer,
                 "warmup_steps": 2,
+                **OPTIONS.get(method, {}),
             },
         },
-        "data": {
-            "class_path": "datamodules.pickapic.PickAPicDataModule",
-            "init_args": {
-                "source": str(data),
-                "resolution": 16,
-                "batch_size": 2,
-                "random_crop": True,
-                "preferred_only": method == "sft",
-                "num_workers": settings.pop("num_workers", 0),
-                "test_prompts": {"source": str((data if data.is_dir() else data.parent) / "prompts.txt")},
-            },
-        },
+        "data": stream if method == "spo" else pairs,
         "trainer": {
             "accelerator": "cpu",
             "log_every_n_steps": 1,

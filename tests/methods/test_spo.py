@@ -9,12 +9,15 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from datamodules.prompt_stream import PromptStream
 from datamodules.prompts import PromptList
+from lightning_modules.backbones.sd3 import SD3
 from lightning_modules.backbones.sd15 import SD15
 from lightning_modules.backbones.sdxl import SDXL
+from lightning_modules.base import batch_seed
 from lightning_modules.diffusion_dpo import DiffusionDPO
 from lightning_modules.rewards.base import Reward
+from lightning_modules.rewards.combine import WeightedSum
 from lightning_modules.spo import SPO
-from tests.methods.spo_runs import Plain, Spy, Stripes, build, fit, rows, weights, write_prompts
+from tests.methods.spo_runs import Dice, Plain, Spy, Stripes, build, fit, rows, weights, write_prompts
 from tests.pairs import RandomPairs
 
 
@@ -277,26 +280,15 @@ def test_training_makes_preferred_steps_more_probable(sd15, tmp_path):
 @pytest.mark.parametrize("clip", [None, 1e-3])
 def test_true_gradient_norm_is_logged_and_clipping_is_an_option(clip, sd15, tmp_path):
     module = build(sd15, Stripes(1e7), gradient_clip_val=clip, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
-    start = build(sd15)
-    fit(start, tmp_path / "start", max_steps=1, max_epochs=-1)
-    fit(module, tmp_path / "run", max_steps=1, max_epochs=-1)
-    norm = float(next(row for row in rows(tmp_path / "run") if "train/loss" in row)["train/gradient_norm"])
+    fit(module, tmp_path, max_steps=1, max_epochs=-1)
+    norm = float(next(row for row in rows(tmp_path) if "train/loss" in row)["train/gradient_norm"])
     assert norm > 0.01
-    fresh = build(sd15)
-    pl.seed_everything(11, verbose=False)
+    start = build(sd15)
     with torch.random.fork_rng(devices=[]):
-        from lightning_modules.base import batch_seed
-
         torch.manual_seed(batch_seed(11, "initial weights", 0))
-        fresh.backbone.load()
-    moved = torch.cat(
-        [
-            (after - before).flatten()
-            for after, before in zip(
-                module.trained_parameters().values(), fresh.trained_parameters().values(), strict=True
-            )
-        ]
-    )
+        start.backbone.load()
+    before, after = (part.trained_parameters().values() for part in (start, module))
+    moved = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
     assert moved.norm().item() == pytest.approx(norm if clip is None else clip, rel=1e-3)
 
 
@@ -348,17 +340,10 @@ def test_logs_tell_rollout_pairs_and_timesteps(sd15, tmp_path):
 
 def test_a_random_judge_teaches_nothing_in_one_direction(sd15):
     """Scores that do not depend on the image: over many prompts the gradients of the pairs cancel."""
-
-    class Dice(Reward):
-        takes_timestep = True
-
-        def forward(self, images, prompts, t=None):
-            return 100 * torch.randn(len(images))
-
     module = loaded(sd15, Dice(), moved=False)
     torch.manual_seed(0)
     sums, sizes = [], []
-    for _ in range(12):
+    for _ in range(8):
         pairs = sampled_pairs_again(module)
         preferred, rejected = module.log_ratio(pairs).chunk(2)
         gradients = torch.autograd.grad((preferred - rejected).mean(), list(module.trained_parameters().values()))
@@ -387,45 +372,42 @@ def sampled_pairs_again(module: SPO) -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_resume_from_every_step_repeats_the_run_bit_for_bit(settings, sd15, tmp_path):
-    whole = fit(build(sd15, **settings), tmp_path / "whole", max_epochs=2)
-    last = whole.global_step
+def test_resume_repeats_the_run_bit_for_bit(settings, sd15, tmp_path):
+    """From the first step, from one in the middle and from the last but one."""
+    length = {"max_epochs": 2, "prompts": 4}
+    last = fit(build(sd15, **settings), tmp_path / "whole", **length).global_step
     assert last >= 4
     expected = weights(tmp_path / "whole" / "checkpoints" / f"step={last}.ckpt")
     inside = 0
-    for step in range(1, last):
+    for step in (1, last // 2, last - 1):
         checkpoint = tmp_path / "whole" / "checkpoints" / f"step={step}.ckpt"
         inside += "pairs" in torch.load(checkpoint, weights_only=True)["limelight"]
         folder = tmp_path / f"from{step}"
-        again = fit(build(sd15, **settings), folder, ckpt_path=checkpoint, max_epochs=2)
+        again = fit(build(sd15, **settings), folder, ckpt_path=checkpoint, **length)
         assert again.global_step == last
         actual = weights(folder / "checkpoints" / f"step={last}.ckpt")
         assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
         later = rows(folder)
         assert later == rows(tmp_path / "whole")[-len(later) :]
-    assert inside > 0  # some checkpoints carry what was left of a round
+    assert inside > 0 or settings  # some checkpoints carry what was left of a round
 
 
 def test_a_checkpoint_at_the_end_of_an_epoch_inside_a_window_resumes(sd15, tmp_path):
-    """5 micro-batches an epoch in windows of two: the epoch's checkpoint holds half a window."""
-    settings = {"accumulate_grad_batches": 2, "train_batch_size": 2, "judge": Stripes(1e7)}
-
-    def make() -> SPO:
-        return build(sd15, **settings | {"judge": Stripes(1e7)}, first_step=1)
-
-    class EveryEpoch(ModelCheckpoint):
-        pass
-
-    kept = EveryEpoch(tmp_path / "epochs", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)
-    fit(make(), tmp_path / "whole", callbacks=[kept], max_epochs=3, prompts=3, batch_size=1)
-    whole = sorted((tmp_path / "whole" / "checkpoints").iterdir(), key=lambda path: int(path.stem[5:]))
-    about = [torch.load(path, weights_only=True)["limelight"] for path in sorted((tmp_path / "epochs").iterdir())]
-    assert any(epoch["accumulated"] == 1 and epoch["gradients"] for epoch in about)
-    for checkpoint in (tmp_path / "epochs").iterdir():
-        again = fit(make(), tmp_path / checkpoint.stem, ckpt_path=checkpoint, max_epochs=3, prompts=3, batch_size=1)
-        if again.global_step == int(whole[-1].stem[5:]) and (tmp_path / checkpoint.stem / "checkpoints").exists():
-            actual = weights(tmp_path / checkpoint.stem / "checkpoints" / whole[-1].name)
-            assert all(torch.equal(actual[name], tensor) for name, tensor in weights(whole[-1]).items())
+    """9 micro-batches an epoch (5 pairs in each of 3 rounds, 2 at a time) in windows of two leave one half done."""
+    settings = {"accumulate_grad_batches": 2, "train_batch_size": 2, "first_step": 1}
+    length = {"max_epochs": 2, "prompts": 3, "batch_size": 1}
+    epochs = ModelCheckpoint(tmp_path / "epochs", save_top_k=-1, save_on_train_epoch_end=True, filename="{epoch}")
+    whole = fit(build(sd15, Stripes(1e7), **settings), tmp_path / "whole", callbacks=[epochs], **length)
+    end = f"step={whole.global_step}.ckpt"
+    about = torch.load(tmp_path / "epochs" / "epoch=0.ckpt", weights_only=True)["limelight"]
+    assert about["accumulated"] == 1
+    assert about["gradients"]
+    again = fit(
+        build(sd15, Stripes(1e7), **settings), tmp_path / "again", tmp_path / "epochs" / "epoch=0.ckpt", **length
+    )
+    assert again.global_step == whole.global_step == 9
+    expected, actual = (weights(tmp_path / name / "checkpoints" / end) for name in ("whole", "again"))
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def test_another_step_count_does_not_change_the_pairs_that_are_left(sd15, tmp_path):
@@ -466,6 +448,12 @@ def test_another_step_count_does_not_change_the_pairs_that_are_left(sd15, tmp_pa
 def test_impossible_options_are_refused(settings, message, sd15):
     with pytest.raises(ValueError, match=message):
         build(sd15, **settings)
+
+
+def test_a_sum_that_forgets_the_timestep_is_refused(sd15):
+    with pytest.raises(ValueError, match="WeightedSum, which would ask its Stripes without the timestep"):
+        build(sd15, WeightedSum({"a": Stripes(), "b": Plain()}, {"a": 1.0, "b": 0.5}))
+    build(sd15, WeightedSum({"b": Plain()}, {"b": 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -519,3 +507,42 @@ def test_rounds_without_pairs_train_nothing_and_are_told_of(sd15, tmp_path):
         trainer = fit(module, tmp_path, max_epochs=2)
     assert trainer.global_step == 0
     assert {float(row["rollout/valid_share"]) for row in rows(tmp_path)} == {0.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- flows
+
+
+def test_steps_of_a_flow_end_where_candidates_would_be_alike(sd3):
+    """SD 3 samples down to a noise level of 0.003, then to none: two of six steps make no pairs."""
+    judge = Stripes(strength=1e7)
+    module = loaded(sd3, judge, family=SD3, num_steps=6, first_step=1)
+    asked, module.prompts = Asked(module.backbone), ["a ring"]
+    with torch.no_grad():
+        pairs, scores = module.sample(module.prompts)
+    grid = module.backbone.time_grid(6)
+    torch.testing.assert_close(module.grid, grid[:-2])
+    assert grid[-2] < 10  # of 1000
+    landings = grid[2:-2].tolist()
+    assert [t[0] for _, t in judge.calls] == landings
+    assert scores.shape == (len(landings), 3, 1)
+    assert pairs["t"].tolist() == grid[1:-3].tolist()
+    assert pairs["s"].tolist() == landings
+    assert [calls[1][0] for calls in asked.calls] == grid[:-2].tolist()  # at the last one for the judge alone
+    log_ratio = module.log_ratio(pairs)
+    assert log_ratio.isfinite().all()
+    assert log_ratio.abs().max() > 0
+
+
+def test_a_flow_needs_steps_that_are_left(sd3):
+    with pytest.raises(ValueError, match=r"model.first_step is 4; expected 0 to 3: of 6 steps 2 land"):
+        loaded(sd3, family=SD3, num_steps=6, first_step=4)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_spo_trains_a_flow(lora, sd3, tmp_path):
+    module = build(sd3, Stripes(strength=1e7), family=SD3, lora=lora, first_step=1)
+    trainer = fit(module, tmp_path, max_steps=3, max_epochs=-1)
+    assert trainer.global_step == 3
+    first = next(row for row in rows(tmp_path) if "train/loss" in row)
+    assert float(first["train/loss"]) == pytest.approx(math.log(2), abs=1e-4)
+    assert float(first["train/gradient_norm"]) > 0
