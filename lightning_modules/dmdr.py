@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -365,6 +365,11 @@ class DMDR(AlignmentModule):
 
         self.inner_draws: torch.Generator | None = None  # what all ranks and micro-batches draw alike
         self.averages = False  # whether the ranks' gradients are averaged here, by `average_gradients`
+        self.last_part = True  # whether the optimizers are stepped after this micro-batch
+        # Under DeepSpeed, which has one optimizer, the student's: the fake score's, and its own loss scale for float16.
+        self.fake_optimizer: torch.optim.Optimizer | None = None
+        self.fake_scaler: torch.amp.GradScaler | None = None
+        self.withheld: list[tuple[nn.Parameter, Tensor]] = []  # and what is kept from its engine, which casts it
         self.norm: Tensor | None = None  # of the gradient that was stepped last
         self.inner_step = 0  # begun
         self.generator_step = 0  # updates of the student done
@@ -401,22 +406,7 @@ class DMDR(AlignmentModule):
         """
         if stage != "fit":
             return
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            raise ValueError(
-                "trainer.strategy is DeepSpeed, which has one optimizer and one engine; DMDR trains two networks. Use "
-                "DDP (cli_configs/trainer/ddp.yaml) or FSDP2 (fsdp2.yaml)."
-            )
-        whole = self.backbone.few_step.mode == "ode" and self.simulation == "published"
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not (self.shared_step or whole):
-            raise ValueError(
-                "model.shared_step is false, and trainer.strategy FSDP2 (ModelParallelStrategy), under which all ranks "
-                "have to ask the network equally often; set model.shared_step: true, or use DDP."
-            )
-        if self.simulation == "dmd2" and str(self.trainer.precision) == "16-mixed":
-            raise ValueError(
-                "model.simulation is 'dmd2', and trainer.precision 16-mixed, whose one loss scale would change between "
-                "the steps of the two networks; use bf16-mixed, or model.simulation: published."
-            )
+        self.check_strategy()
         data = self.trainer.datamodule
         if data is not None and not hasattr(data, "visits"):
             raise ValueError(
@@ -434,6 +424,12 @@ class DMDR(AlignmentModule):
                 f"model.start_weights: there is no file {self.start_weights!r} (looked in {Path.cwd()}); expected the "
                 "downloaded weights of a denoiser, such as DMD2's one-step SDXL."
             )
+        if self.start_from is not None and Path(self.start_from).is_dir():
+            raise ValueError(
+                f"model.start_from: {self.start_from!r} is a folder, as DeepSpeed writes them; make a file of it "
+                "with Lightning's convert_zero_checkpoint_to_fp32_state_dict(folder, file) of "
+                "lightning.pytorch.utilities.deepspeed."
+            )
         if self.start_from is not None and not Path(self.start_from).is_file():
             raise ValueError(
                 f"model.start_from: there is no file {self.start_from!r} (looked in {Path.cwd()}); expected a "
@@ -442,6 +438,48 @@ class DMDR(AlignmentModule):
         for reward in self.rewards.values():
             reward.load()
         self.rewards.requires_grad_(False)
+
+    def check_strategy(self) -> None:
+        """Stop where the Trainer's strategy cannot train two networks as they are to be trained.
+
+        Raises:
+            ValueError: naming the strategy and the setting.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer.strategy is FSDP's first version, which clips the gradients of both networks as one; use "
+                "FSDP2 (cli_configs/trainer/fsdp2.yaml) or DDP (ddp.yaml)."
+            )
+        whole = self.backbone.few_step.mode == "ode" and self.simulation == "published"
+        if isinstance(strategy, ModelParallelStrategy) and not (self.shared_step or whole):
+            raise ValueError(
+                "model.shared_step is false, and trainer.strategy FSDP2 (ModelParallelStrategy), under which all ranks "
+                "have to ask the network equally often; set model.shared_step: true, or use DDP."
+            )
+        if self.simulation == "dmd2" and str(self.trainer.precision) == "16-mixed":
+            raise ValueError(
+                "model.simulation is 'dmd2', and trainer.precision 16-mixed, whose one loss scale would change between "
+                "the steps of the two networks; use bf16-mixed, or model.simulation: published."
+            )
+        if not isinstance(strategy, DeepSpeedStrategy):
+            return
+        if strategy.config.get("zero_optimization", {}).get("stage") == 3:
+            raise ValueError(
+                "trainer.strategy is DeepSpeed with ZeRO stage 3, which splits the fake score's weights, that its one "
+                "engine does not train; use stage 2 (cli_configs/trainer/zero2.yaml) or FSDP2 (fsdp2.yaml)."
+            )
+        if self.keep_optimizers:
+            raise ValueError(
+                "model.keep_optimizers: DeepSpeed cannot read another run's optimizer states; set it to false, or "
+                "continue that run itself with --ckpt_path."
+            )
+        clip = self.gradient_clip_val or 0.0
+        if strategy.config.setdefault("gradient_clipping", clip) != clip:
+            raise ValueError(
+                f"DeepSpeed's gradient_clipping is {strategy.config['gradient_clipping']} and model.gradient_clip_val "
+                f"{self.gradient_clip_val}; leave the first one out."
+            )
 
     def visits_per_batch(self, batch_size: int) -> int:
         """A batch of prompts is used once; see `PromptStream`."""
@@ -458,7 +496,8 @@ class DMDR(AlignmentModule):
             checkpoint = torch.load(self.start_from, map_location="cpu", weights_only=True)
             self.check_trained(checkpoint)
             self.check_scale(checkpoint["limelight"])
-            self.load_state_dict(checkpoint["state_dict"], strict=False)
+            fake = checkpoint["limelight"].get("fake", {"weights": {}})  # DeepSpeed converts what its engine trains
+            self.load_state_dict(checkpoint["state_dict"] | fake["weights"], strict=False)
             rank_zero_info(f"Starting from the weights of {self.start_from}")
         # DDP would broadcast what every rank has read from the same files, and reserve buckets as large as everything
         # that is trained for an exchange that `average_gradients` makes; it wants one parameter.
@@ -473,9 +512,25 @@ class DMDR(AlignmentModule):
         return [p for p in trained if id(p) not in score], [p for p in trained if id(p) in score]
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The student's and the fake score's, with constant learning rates."""
+        """The student's and the fake score's, with constant learning rates; to DeepSpeed, the student's alone."""
         student, fake = self.network_parameters()
-        return [self.optimizer(student), self.score_optimizer(fake)]
+        optimizers = [self.optimizer(student), self.score_optimizer(fake)]
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            # A second parameter group of the engine's optimizer would move without a gradient, by decay and moments.
+            self.fake_optimizer = optimizers.pop()
+            half = self.backbone.compute_dtype == torch.float16
+            self.fake_scaler = torch.amp.GradScaler(self.trainer.strategy.root_device.type, enabled=half)
+            # The engine comes next; it casts every weight to half precision, and sends it to all ranks.
+            trained = {id(parameter) for parameter in student}
+            self.withheld = [(p, p.data) for p in self.parameters() if id(p) not in trained]
+            for parameter, data in self.withheld:
+                parameter.data = data.new_empty(0)
+        return optimizers
+
+    def on_fit_start(self) -> None:
+        for parameter, data in self.withheld:
+            parameter.data = data.to(self.device)
+        self.withheld = []
 
     def on_train_start(self) -> None:
         if self.keep_optimizers and self.inner_step == 0:
@@ -484,6 +539,8 @@ class DMDR(AlignmentModule):
                 optimizer.load_state_dict(state)
         super().on_train_start()
         self.averages = isinstance(self.trainer.strategy, DDPStrategy)
+        if self.fake_optimizer is not None:
+            self.trainer.model.optimizer.clip_grad = self.gradient_clip_val or 0.0  # not the checkpoint's
         self.since_update = [loss.to(self.device) for loss in self.since_update]
         grid = self.backbone.few_step_timesteps
         alpha, _ = self.backbone.coefficients(self.backbone.timesteps_at(torch.ones(1)))
@@ -497,7 +554,8 @@ class DMDR(AlignmentModule):
     def _apply_configured_learning_rate(self) -> None:
         """After a resume, or with kept optimizer states: the rates of this run's config."""
         rates = (configured_learning_rate(self.optimizer), configured_learning_rate(self.score_optimizer))
-        for optimizer, rate in zip(self.trainer.optimizers, rates, strict=True):
+        optimizers = self.trainer.optimizers + ([] if self.fake_optimizer is None else [self.fake_optimizer])
+        for optimizer, rate in zip(optimizers, rates, strict=True):
             for group in optimizer.param_groups:
                 if group["lr"] != rate:
                     rank_zero_info(f"Learning rate {rate:.4g} instead of the checkpoint's {group['lr']:.4g}.")
@@ -509,7 +567,8 @@ class DMDR(AlignmentModule):
         prompts = batch["prompts"]
         size = self.micro_batch_size or len(prompts)
         parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        student, fake = self.optimizers()
+        optimizers = self.optimizers()
+        student, fake = optimizers if self.fake_optimizer is None else (optimizers, self.fake_optimizer)
         turn = updates_generator(self.inner_step, self.ratio)
         fake_losses, terms, samples = [], [], []
 
@@ -544,6 +603,7 @@ class DMDR(AlignmentModule):
         """Make the random numbers of a micro-batch a function of the run's seed and its place among all of them."""
         place = (self.inner_step * self.trainer.world_size + self.trainer.global_rank) * parts + number
         torch.manual_seed(batch_seed(self.run_seed, stage, place))
+        self.last_part = number + 1 == parts
         self.inner_draws = torch.Generator().manual_seed(batch_seed(self.run_seed, "inner step", self.inner_step))
 
     @torch.no_grad()
@@ -594,7 +654,10 @@ class DMDR(AlignmentModule):
         x_t, target = self.backbone.add_noise(x0, draw_noise(x0), t)
         with self.backbone.role(SCORE, self.fake_scale):
             loss = per_sample_mse(self.backbone.predict(x_t, t, condition), target).mean()
-            self.manual_backward(loss / parts)
+            if self.fake_optimizer is None:
+                self.manual_backward(loss / parts)
+            else:
+                self.fake_scaler.scale(loss / parts).backward()
         return loss.detach()
 
     def train_student(self, x0: Tensor, condition: Conditioning, prompts: list[str], parts: int) -> dict[str, Tensor]:
@@ -666,31 +729,44 @@ class DMDR(AlignmentModule):
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward pass without DDP's exchange, which takes both networks for one and waits for all gradients."""
         model = self.trainer.model
+        if self.fake_optimizer is not None:
+            model.set_gradient_accumulation_boundary(self.last_part)
         with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
             super().manual_backward(loss, *args, **kwargs)
 
-    def exchange(self, optimizer: LightningOptimizer) -> None:
+    def exchange(self, optimizer: LightningOptimizer | torch.optim.Optimizer) -> None:
         """Average the stepped network's gradients over the ranks; before they are unscaled: all see an overflow."""
         if self.averages:
             average_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
 
     def step_student(self, optimizer: LightningOptimizer) -> None:
-        self.exchange(optimizer)
+        if self.fake_optimizer is None:
+            self.exchange(optimizer)
         optimizer.step()
+        if self.fake_optimizer is not None:  # the engine has exchanged and clipped
+            self.norm = torch.as_tensor(self.trainer.model.get_global_grad_norm(), device=self.device)
         optimizer.zero_grad()
         self.generator_step += 1
 
-    def step_fake(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
+    def step_fake(self, optimizer: LightningOptimizer | torch.optim.Optimizer, loss: Tensor) -> None:
         """Step the fake score, unseen by the Trainer, whose steps are the student's."""
         self.exchange(optimizer)
-        optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
-        optimizer.step()
+        if self.fake_optimizer is None:
+            optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
+            optimizer.step()
+        else:
+            self.fake_scaler.unscale_(optimizer)
+            self.on_before_optimizer_step(optimizer)
+            self.fake_scaler.step(optimizer)
+            self.fake_scaler.update()
         optimizer.zero_grad()
         self.since_update.append(loss)
         self.losses["gui"].append((self.inner_step, self.generator_step, {"diff": loss, "gradient_norm": self.norm}))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip a network's gradient: it is unscaled, and averaged over the ranks, here."""
+        if self.fake_optimizer not in (None, optimizer):
+            return  # the engine clips
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.gradient_clip_val is not None:
@@ -758,6 +834,13 @@ class DMDR(AlignmentModule):
         about["generator_step"] = self.generator_step
         about["fake_scale"] = self.fake_scale
         about["since_update"] = [self._rank_mean(loss) for loss in self.since_update]
+        if self.fake_optimizer is not None:  # DeepSpeed writes and converts what its engine trains
+            score = {id(parameter) for parameter in self.backbone.score_parameters()}
+            about["fake"] = {
+                "optimizer": self.fake_optimizer.state_dict(),
+                "scaler": self.fake_scaler.state_dict(),
+                "weights": {n: p.detach().cpu() for n, p in self.trained_parameters().items() if id(p) in score},
+            }
         if self._trainer is not None and self.trainer.training:
             self.write_losses()
 
@@ -768,6 +851,9 @@ class DMDR(AlignmentModule):
         self.generator_step = about["generator_step"]
         self.since_update = about["since_update"]
         self.check_scale(about)
+        if self.fake_optimizer is not None:
+            self.fake_optimizer.load_state_dict(about["fake"]["optimizer"])
+            self.fake_scaler.load_state_dict(about["fake"]["scaler"])
 
     def check_scale(self, about: dict[str, Any]) -> None:
         if about["fake_scale"] != self.fake_scale:

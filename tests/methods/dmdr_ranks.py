@@ -1,5 +1,6 @@
 """Runs of DMDR in one process of several: `python -m tests.methods.dmdr_ranks FILE.json`, once for each rank."""
 
+import importlib
 import json
 import math
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.backbones.base import SCORE
@@ -65,13 +66,23 @@ class SaveAt(pl.Callback):
             trainer.save_checkpoint(self.file)
 
 
+def let_deepspeed_run_on_the_cpu() -> None:
+    """Lightning refuses DeepSpeed without CUDA, which itself runs on the CPU too (DS_ACCELERATOR=cpu)."""
+    from lightning.pytorch.accelerators import CPUAccelerator
+    from lightning.pytorch.strategies import deepspeed
+
+    deepspeed.CUDAAccelerator, deepspeed._validate_device_index_selection = CPUAccelerator, lambda devices: None
+    DeepSpeedStrategy.root_device = property(lambda self: torch.device("cpu", 0))
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # would be compiled; gloo does
+
+
 def one_run(folder: Path, pretrained: str, strategy: str = "auto", ranks: int = 1, **settings) -> DMDR:
     """A run on `ranks` processes, of which this is one: 4 prompts to an inner step, in parts of 2.
 
     Args:
         folder: Of the run; what each rank saw goes to `rank_<number>.json`.
         pretrained: Folder of a tiny pipeline.
-        strategy: "auto", "ddp" or "fsdp2".
+        strategy: "auto", "ddp", "fsdp2", or "zero2" (DeepSpeed, see `let_deepspeed_run_on_the_cpu`).
         ranks: Number of processes.
         settings: `save_at`, an inner step; `ckpt_path`; `broken`, whether the teacher fails once; `max_steps`; else
             DMDR's.
@@ -86,10 +97,13 @@ def one_run(folder: Path, pretrained: str, strategy: str = "auto", ranks: int = 
     if broken:
         break_teacher(module)
     watch = Watch()
+    if strategy == "zero2":
+        let_deepspeed_run_on_the_cpu()
     strategies = {
+        "auto": lambda: "auto",
         "ddp": lambda: DDPStrategy(gradient_as_bucket_view=True),
         "fsdp2": lambda: ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False),
-        "auto": lambda: "auto",
+        "zero2": lambda: DeepSpeedStrategy(stage=2, exclude_frozen_parameters=True, process_group_backend="gloo"),
     }
     runner = fit(
         module,
