@@ -238,6 +238,7 @@ class Evaluation(pl.Callback):
             "sampler": self.policy["sampler"][0],
             "num_inference_steps": pl_module.backbone.num_inference_steps,
             "guidance_scale": pl_module.backbone.guidance_scale,
+            "few_step": self.policy.get("few_step"),
             "interval": f"95 % percentile bootstrap over prompts, {RESAMPLES} resamples, seed {BOOTSTRAP_SEED}",
             "rewards": compare_rewards(list(self.rewards), rows),
         }

@@ -45,9 +45,17 @@ def settings_line(results: dict[str, Any]) -> str:
     seeds = f"seed {seeds['first']}" if seeds["number"] == 1 else "{number} seeds ({first} to {last})".format(**seeds)
     return (
         f"{results['num_prompts']} prompts, {results['num_images']} images, {seeds}, "
-        f"{results['num_inference_steps']} steps of {results['sampler']}, guidance {results['guidance_scale']:g}; "
+        f"{results['num_inference_steps']} steps of {results['sampler']}, guidance {results['guidance_scale']:g}"
+        f"{few_steps(results.get('few_step'))}; "
         f"in brackets the {results['interval']}."
     )
+
+
+def few_steps(sampler: dict[str, Any] | None) -> str:
+    """What is said of a distilled model's own sampler."""
+    if sampler is None:
+        return ""
+    return f" (the tuned model: {sampler['num_steps']} {sampler['mode'].upper()} steps of its own, no guidance)"
 
 
 def baseline_line(results: dict[str, Any]) -> str:

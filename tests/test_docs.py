@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DPO_PAGE = ROOT / "cli_configs/dpo/README.md"
 ORPO_PAGE = ROOT / "cli_configs/orpo/README.md"
+DMDR_PAGE = ROOT / "cli_configs/dmdr/README.md"
 SPM_PAGE = ROOT / "cli_configs/spm/README.md"
 SPO_PAGE = ROOT / "cli_configs/spo/README.md"
 PAGES = [README, *sorted(ROOT.glob("cli_configs/*/*.md"))]
@@ -267,6 +268,14 @@ def test_the_map_names_options_that_exist_with_the_recipes_values(page, which, r
             assert found.endswith(value), there
         elif value and (" " not in value or value.startswith("(")):  # else in words
             assert found == value_of(value), there
+
+
+def test_options_that_the_page_of_dmdr_names_exist():
+    config = parse("fit --config cli_configs/toy/dmdr_refl.yaml").fit
+    options = re.findall(r"`((?:model|data|trainer|backbone)(?:\.\w+)+|[A-Z]\w+\.\w+)`", DMDR_PAGE.read_text())
+    assert len(options) > 40
+    for option in options:
+        look_up(config, re.sub("^backbone", "model.backbone", option))
 
 
 @pytest.mark.parametrize(("which", "recipe"), [(0, "dpo/sdxl"), (1, "dpo/sdxl_turbo")])

@@ -36,12 +36,23 @@ BOTH = [
 
 def evaluate(recipe: str, seed: int, *options: str) -> dict[str, dict]:
     """Fit a recipe and return its evaluation on held-out captions, by reward."""
-    name = f"effect-{recipe}-{seed}-{abs(hash(options)) % 10**8}"
+    return judged(fit_recipe(recipe, seed, *options))
+
+
+def fit_recipe(recipe: str, seed: int, *options: str, command: str = "fit") -> Path:
+    """Run a recipe and return the folder of the run."""
+    name = f"effect-{recipe}-{seed}-{command}-{abs(hash(options)) % 10**8}"
     shutil.rmtree(Path("runs") / name, ignore_errors=True)
     config = f"cli_configs/toy/{recipe}.yaml"
-    fitted = run(["fit", "--config", config, f"--name={name}", f"--seed_everything={seed}", *options])
-    result = json.loads((Path(fitted.trainer.log_dir) / "evaluation" / "results.json").read_text())["rewards"]
-    print(recipe, seed, *options, json.dumps(result))
+    return Path(
+        run([command, "--config", config, f"--name={name}", f"--seed_everything={seed}", *options]).trainer.log_dir
+    )
+
+
+def judged(folder: Path) -> dict[str, dict]:
+    """What the evaluation of a run found, by reward."""
+    result = json.loads((folder / "evaluation" / "results.json").read_text())["rewards"]
+    print(folder, json.dumps(result))
     return result
 
 
@@ -110,3 +121,38 @@ def test_the_other_variants_with_the_right_sign_raise_vividness_too(options, see
 def test_flipped_labels_lose(recipe):
     result = evaluate(recipe, 0, "--data.init_args.label_noise=1.0")
     assert result["vividness"]["win_rate_interval"][1] < 0.3
+
+
+def distilled(seed: int, *options: str) -> tuple[Path, dict[str, dict], dict[str, dict]]:
+    """The cold start's checkpoint; student (tuned) and teacher (base); the sampler undistilled, and DDIM in 4 steps."""
+    folder = fit_recipe("dmdr_cold_start", seed, *options)
+    few = ["--model.backbone.num_inference_steps=4", *options]
+    return (
+        folder / "checkpoints" / "last.ckpt",
+        judged(folder),
+        judged(fit_recipe("dmdr_cold_start", seed, *few, command="test")),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_student_reaches_its_teacher_and_a_reward_takes_it_beyond(seed):
+    checkpoint, cold, undistilled = distilled(seed)
+    match = cold["match"]["tuned"]
+    assert match >= 0.95 * cold["match"]["base"]
+    assert match > undistilled["match"]["base"]  # the base in four DDIM steps, with guidance
+    assert match > undistilled["match"]["tuned"]  # the base in the student's own sampler
+    rewarded = evaluate("dmdr_refl", seed, f"--model.start_from={checkpoint}")
+    assert rewarded["both"]["difference_interval"][0] > 0
+    assert rewarded["match"]["tuned"] >= match - 0.02
+    if seed == SEEDS[0]:
+        alone = evaluate("dmdr_refl", seed, f"--model.start_from={checkpoint}", "--model.dm_weight=0")
+        assert alone["match"]["tuned"] < match - 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_step_suffices(seed):
+    _, cold, undistilled = distilled(seed, "--model.num_steps=1")
+    assert cold["match"]["tuned"] >= 0.8 * cold["match"]["base"]
+    assert cold["match"]["tuned"] > undistilled["match"]["tuned"] + 0.2

@@ -133,7 +133,7 @@ def config(pretrained: Path, data: Path, method: str = "dpo", lora: bool = True,
     return {
         "seed_everything": 5,
         "model": {
-            "class_path": METHODS[method],
+            "class_path": METHODS.get(method, "lightning_modules.dmdr.DMDR"),
             "init_args": {
                 "backbone": backbone,
                 "optimizer": optimizer,
@@ -258,6 +258,63 @@ def test_a_step_preference_model_fits_resumes_and_exports(family, data, tmp_path
         text = resumed.model.model.encode_text(resumed.model.tokenize(["a ring", "a ring"]))
         ours = resumed.model.model.score(resumed.model.model.encode_image(pixels, t), text)
     torch.testing.assert_close(judge(images, ["a ring"] * 2, t), ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "lora"), [("sd15", True), ("sdxl", False), ("sd3", True)])
+def test_dmdr_leaves_what_its_page_says_resumes_and_is_judged_against_its_teacher(family, lora, tmp_path, request):
+    pretrained = request.getfixturevalue(family)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\nthree rings\n")
+    rewards = {"brightness": {"class_path": "tests.test_whole_runs.Brightness"}}
+    callbacks = [
+        {
+            "class_path": "callbacks.sample_images.SampleImages",
+            "init_args": {"prompts": ["a ring"], "every_n_steps": 1},
+        },
+        {"class_path": "callbacks.export_pipeline.ExportPipeline"},
+        {"class_path": "callbacks.save_adapters.SaveAdapters", "init_args": {"every_n_steps": 1}},
+        {"class_path": "callbacks.evaluation.Evaluation", "init_args": {"rewards": rewards}},
+    ]
+    content = config(pretrained, tmp_path / "prompts.txt", "dmdr", lora, callbacks=callbacks, max_steps=2)
+    content["data"] = {
+        "class_path": "datamodules.prompt_stream.PromptStream",
+        "init_args": {"prompts": {"source": "prompts.txt"}, "batch_size": 2, "test_prompts": {"source": "prompts.txt"}},
+    }
+    options = content["model"]["init_args"]
+    del options["warmup_steps"]
+    options |= {"score_lora": {"r": 2, "lora_alpha": 2, "init_lora_weights": "gaussian"}, "num_steps": 2, "ratio": 2}
+    yaml_file = write_config(tmp_path / "c" / "run.yaml", content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        folder = Path(run(["fit", "--config", yaml_file, "--evaluate=true"]).trainer.log_dir).absolute()
+        checkpoint = folder / "checkpoints" / "step=1.ckpt"
+        again = Path(run(["fit", "--config", yaml_file, f"--ckpt_path={checkpoint}"]).trainer.log_dir).absolute()
+
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step_000001.png", "step_000002.png"]
+    names = ["lora_gen", "lora_gui"] if lora else ["lora_gui"]
+    assert sorted(path.name for path in folder.glob("lora_*")) == names
+    for name in names:
+        assert sorted(path.name for path in (folder / name).iterdir()) == ["step-000001", "step-000002"]
+        files = sorted(path.name for path in (folder / name / "step-000002").iterdir())
+        assert files == ["adapter_config.json", "adapter_model.safetensors", "scale.json"]
+    assert (folder / "export").is_dir()
+    assert (folder / "config.yaml").is_file()
+    for network, steps in (("gui", [0, 1, 2, 3, 4]), ("gen", [3, 5])):
+        lines = (folder / "loss_logs" / f"loss_{network}_log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["in_s"] for line in lines] == steps
+    result = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert result["few_step"]["num_steps"] == 2
+    assert result["rewards"]["brightness"]["difference"] != 0.0
+
+    expected = weights(folder / "checkpoints" / "step=2.ckpt")
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in weights(again / "checkpoints/step=2.ckpt").items()
+    )
+    whole, resumed = (
+        {step: {k: v for k, v in row.items() if k.startswith("train/")} for step, row in metrics(run_folder).items()}
+        for run_folder in (folder, again)
+    )
+    assert resumed == {1: whole[1]}
+    assert float(whole[1]["train/dmd"]) > 0
 
 
 @pytest.mark.parametrize(("workers", "accumulate", "kill_after"), [(0, 1, 9), (2, 3, 11)])
