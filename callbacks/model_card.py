@@ -44,6 +44,8 @@ class ModelFacts:
         results: What `Evaluation` found, its results.json.
         metrics: Last validation metrics.
         versions: Package -> version.
+        call: Arguments with which the pipeline of a distilled model is called; empty for others.
+        scheduler: Class of the scheduler that a distilled model needs; None for others.
     """
 
     repo_id: str
@@ -63,6 +65,8 @@ class ModelFacts:
     results: dict[str, Any] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    scheduler: str | None = None
 
 
 def model_card(facts: ModelFacts) -> str:
@@ -94,6 +98,13 @@ def model_card(facts: ModelFacts) -> str:
         page += ["![Base beside trained model](grid.png)", ""]
         page += [f"{facts.num_inference_steps} steps, guidance {facts.guidance_scale:g}, from top to bottom:", ""]
         page += [*markdown_table(["prompt", "seed"], [[prompt, str(seed)] for prompt, seed in facts.samples]), ""]
+    if facts.call:
+        page += [
+            f"Distilled to {facts.call['num_inference_steps']} steps without guidance: sample as below, with the "
+            "scheduler of this repository, whose steps are the trained ones. Other numbers of steps, schedulers or "
+            "guidance were not trained.",
+            "",
+        ]
     page += ["## Use", "", "With [diffusers](https://github.com/huggingface/diffusers):", ""]
     page += ["```python", *usage(facts), "```", ""]
     for file in facts.lora_files:
@@ -124,7 +135,8 @@ def model_card(facts: ModelFacts) -> str:
 def usage(facts: ModelFacts) -> list[str]:
     """Lines of Python that draw the first of the samples."""
     parts = facts.parts if facts.lora_files else {}  # a whole pipeline brings its own
-    classes = sorted({facts.pipeline, *(part[0] for part in parts.values())}, key=str.lower)
+    scheduler = {facts.scheduler} if facts.scheduler and facts.lora_files else set()
+    classes = sorted({facts.pipeline, *scheduler, *(part[0] for part in parts.values())}, key=str.lower)
     base = (facts.base_model or "path/to/the/base/model") if facts.lora_files else facts.repo_id
     lines = ["import torch", f"from diffusers import {', '.join(classes)}", ""]
     arguments = [repr(base), "dtype=torch.float16"]
@@ -137,13 +149,20 @@ def usage(facts: ModelFacts) -> list[str]:
     lines.append(f'pipeline = {facts.pipeline}.from_pretrained({", ".join(arguments)}).to("cuda")')
     if facts.lora_files:
         lines.append(f"pipeline.load_lora_weights({facts.repo_id!r}, weight_name={facts.lora_files[0]!r})")
+    for name in scheduler:
+        lines.append(f'pipeline.scheduler = {name}.from_pretrained({facts.repo_id!r}, subfolder="scheduler")')
     prompt, seed = facts.samples[0] if facts.samples else ("a lighthouse on a cliff at sunset", 0)
+    if facts.scheduler == "FlowMatchLCMScheduler":
+        lines.append(f"torch.manual_seed({seed})  # the noise between the steps comes from here")
+    call = facts.call or {"num_inference_steps": facts.num_inference_steps, "guidance_scale": facts.guidance_scale}
     return [
         *lines,
         "image = pipeline(",
         f"    {prompt!r},",
-        f"    num_inference_steps={facts.num_inference_steps},",
-        f"    guidance_scale={facts.guidance_scale:g},",
+        *(
+            f"    {name}={value:g}," if isinstance(value, float) else f"    {name}={value!r},"
+            for name, value in call.items()
+        ),
         f"    generator=torch.Generator().manual_seed({seed}),",
         ").images[0]",
         'image.save("image.png")',

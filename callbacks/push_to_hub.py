@@ -19,7 +19,7 @@ from callbacks.evaluation import Evaluation
 from callbacks.export_pipeline import LORA_FILE, ExportPipeline, can_export, replace_folder
 from callbacks.model_card import MACHINE_SETTINGS, ModelFacts, hub_id, model_card, shown
 from callbacks.sample_images import SampleImages
-from lightning_modules.backbones.base import Backbone, first_line, subfolder_of
+from lightning_modules.backbones.base import SAMPLING_FILE, Backbone, first_line, subfolder_of
 from lightning_modules.base import AlignmentModule
 
 PACKAGES = ("limelight", "torch", "lightning", "diffusers", "transformers", "peft")
@@ -68,6 +68,11 @@ class PushToHub(pl.Callback):
         """Stop before anything is loaded when there would be nothing to share, or no way to."""
         if stage != "fit":
             return
+        if not pl_module.backbone.in_diffusers:
+            raise ValueError(
+                f"PushToHub: its model card is for pipelines of diffusers, which has none for "
+                f"{type(pl_module.backbone).__name__}. Leave it out; `export/` holds the weights as they are published."
+            )
         if not any(isinstance(callback, ExportPipeline) for callback in trainer.callbacks):
             raise ValueError(
                 "PushToHub shares what ExportPipeline exports; name `class_path: callbacks.export_pipeline."
@@ -124,6 +129,7 @@ class PushToHub(pl.Callback):
         source = getattr(data, "source", None)
         files = sorted(path.name for path in (self.folder / "export").glob("*.safetensors"))
         base_model = hub_id(backbone.pretrained) or self.base_model
+        call, scheduler = sampling_of(self.folder / "export")
         return ModelFacts(
             repo_id=self.repo_id,
             method=type(pl_module).__name__,
@@ -134,6 +140,8 @@ class PushToHub(pl.Callback):
             dataset=hub_id(source),
             parts=replaced_parts(backbone),
             lora_files=sorted(files, key=lambda name: name != LORA_FILE),
+            call=call,
+            scheduler=scheduler,
             num_inference_steps=backbone.num_inference_steps,
             guidance_scale=backbone.guidance_scale,
             license=self.license,
@@ -215,6 +223,15 @@ def link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def sampling_of(export: Path) -> tuple[dict[str, Any], str | None]:
+    """How an exported distilled model samples: arguments of the call, and class of the scheduler."""
+    file = export / SAMPLING_FILE
+    if not file.is_file():
+        return {}, None
+    config = json.loads((export / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    return json.loads(file.read_text(encoding="utf-8")), config["_class_name"]
 
 
 def read_results(file: Path) -> dict[str, Any] | None:

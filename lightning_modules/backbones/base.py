@@ -81,6 +81,7 @@ class Backbone(nn.Module):
     text_encoder_names: ClassVar[tuple[str, ...]]
     lora_targets: ClassVar[tuple[str, ...]]
     lora_formats: ClassVar[tuple[str, ...]] = ("diffusers", "kohya")  # layouts of LoRA files that the family has
+    in_diffusers: ClassVar[bool] = True  # whether diffusers has a pipeline of this family
     left_out: tuple[str, ...] = ()  # parts of the pipeline that are not loaded
     kohya_version: str  # what kohya's LoRA files call the base model, for example "sd_v1"
     example_prompt: ClassVar[str] = "a red circle above a blue square"  # for looking at what an export draws

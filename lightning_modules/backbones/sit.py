@@ -68,6 +68,7 @@ class SiT(Backbone):
     example_prompt = "0"
     pipeline_class_name = "SiTPipeline"
     text_encoder_names = ()
+    in_diffusers = False
     lora_targets = ()
     prediction_type = "flow"
     num_timesteps = 1

@@ -10,9 +10,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from callbacks.export_pipeline import check_export, denoiser_call
+from callbacks.export_pipeline import ExportPipeline, check_export, denoiser_call
+from callbacks.push_to_hub import PushToHub
 from lightning_modules.backbones.base import Backbone
-from tests.methods.dmdr_runs import build, loaded
+from tests.callbacks.test_push_to_hub import card, run_snippet
+from tests.methods.dmdr_runs import build, fit, loaded
 
 FOUR = {"num_steps": 4, "timesteps": [999, 749, 499, 249]}
 
@@ -140,3 +142,24 @@ def test_a_model_that_was_not_distilled_keeps_its_scheduler(sd15, tmp_path):
     backbone.export(tmp_path)
     assert not (tmp_path / "sampling.json").exists()
     assert not (tmp_path / "scheduler").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("sd15", FOUR), ("sd3", {"num_steps": 4, "sampler": "sde", "shift": 3.0, "end_time": 0.0})],
+)
+def test_the_model_cards_snippet_draws_what_the_student_draws(family, settings, request, tmp_path):
+    pretrained = request.getfixturevalue(family)
+    module = build(pretrained, family, lr=0.05, **settings)
+    callbacks = [ExportPipeline(), PushToHub("me/model", base_model="me/base")]
+    run = Path(fit(module, tmp_path, max_steps=1, callbacks=callbacks).log_dir)
+    page = card(run)[1]
+    assert "Distilled to 4 steps without guidance" in page
+    if family == "sd3":  # its pipeline draws the noise between the steps globally, so the image is another one
+        assert "torch.manual_seed(0)" in page
+        assert "max_sequence_length=16," in page
+        assert run_snippet(page, tmp_path, model=run / "hub", base=pretrained).isfinite().all()
+        return
+    image = run_snippet(page, tmp_path, model=run / "hub", base=pretrained)
+    expected = module.backbone.generate(["a lighthouse on a cliff at sunset"], [0])[0]
+    torch.testing.assert_close(image, expected, rtol=0, atol=2e-4)
