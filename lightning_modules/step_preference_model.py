@@ -253,7 +253,16 @@ class StepPreferenceModel(AlignmentModule):
     # ---------------------------------------------------------------------------------------------------- building
 
     def setup(self, stage: str) -> None:
-        """Load the feedback before the networks: a wrong weight file is told of at once."""
+        """Load the feedback before the networks: a wrong weight file is told of at once.
+
+        Raises:
+            ValueError: if the data module gives single images.
+        """
+        if getattr(self.trainer.datamodule, "preferred_only", False):
+            raise ValueError(
+                "StepPreferenceModel compares the two images of a pair, but data.init_args.preferred_only gives only "
+                "the preferred ones. Leave it out."
+            )
         if self.feedback is not None:
             self.feedback.load()
             self.feedback.requires_grad_(False)

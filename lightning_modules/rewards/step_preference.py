@@ -279,11 +279,28 @@ def check_step_preference_sources(owner: str, weights: str | None, clip: str, pr
 
     Raises:
         FileNotFoundError: naming the setting, the path, and what was expected there.
+        ValueError: if the weights are a folder that DeepSpeed wrote.
     """
     if weights is not None:
-        check_file(f"{owner}.weights", weights)
+        check_weights(f"{owner}.weights", weights)
     check_source(f"{owner}.clip", clip, "config.json")
     check_source(f"{owner}.processor", processor, "preprocessor_config.json")
+
+
+def check_weights(option: str, path: str) -> None:
+    """Stop early when a weight file is not there, or is a folder that DeepSpeed wrote.
+
+    Raises:
+        FileNotFoundError: naming the option and the path.
+        ValueError: telling how the folder becomes a file.
+    """
+    if (Path(path) / "zero_to_fp32.py").is_file():
+        raise ValueError(
+            f"{option}: {path!r} is a checkpoint of DeepSpeed, whose weights are spread over files. Gather them, where "
+            "DeepSpeed is installed, by lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict"
+            f"({path!r}, 'spm.ckpt'), and take spm.ckpt."
+        )
+    check_file(option, path)
 
 
 def empty_network(option: str, clip: str) -> TimeConditionedCLIP:
@@ -343,12 +360,12 @@ def export(checkpoint: str, file: str, clip: str = PICKSCORE) -> None:
 
     Raises:
         FileNotFoundError: if the checkpoint or the config is missing.
-        ValueError: if the checkpoint does not fit, or the file has another suffix.
+        ValueError: if the checkpoint does not fit or is DeepSpeed's, or the file has another suffix.
     """
     from safetensors.torch import save_file
 
     source, target = Path(checkpoint), Path(file)
-    check_file("checkpoint", checkpoint)
+    check_weights("checkpoint", checkpoint)
     check_source("clip", clip, "config.json")
     if target.suffix not in (".bin", ".safetensors"):
         raise ValueError(f"file is {file!r}; expected a name that ends in .bin or .safetensors.")

@@ -324,6 +324,17 @@ def test_loss_of_a_step_is_the_weighted_mean(sd15, clip, tmp_path):
     assert float(row["train/weight"]) == pytest.approx(batch["weight"].mean().item(), rel=1e-5)
 
 
+def test_a_single_pair_and_ties_only_train_too(sd15, clip, tmp_path):
+    data = WeightedPairs(1)
+    make_batch = data.make_batch
+    data.make_batch = lambda k: make_batch(k) | {"label": torch.full((1,), 0.5)}
+    module = make(sd15, clip, optimizer=sgd, chunk_size=1)
+    fit(module, tmp_path, data, max_steps=3)
+    assert all(value.isfinite().all() for value in weights(module).values())
+    rows = metrics(tmp_path)
+    assert all(float(row["train/loss"]) > 0 and float(row["train/accuracy"]) == 0.5 for row in rows.values())
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resumed_run_equals_the_uninterrupted_one(accumulate, sd15, clip, tmp_path):
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0}
@@ -488,6 +499,13 @@ def test_wrong_settings_are_told_at_once(settings, message, sd15, clip):
 def test_adapters_are_refused(sd15, clip):
     with pytest.raises(ValueError, match="the diffusion model stays as it is here"):
         StepPreferenceModel(SD15(str(sd15), lora=LoraConfig(r=2)), str(clip), str(clip))
+
+
+def test_single_images_are_refused(sd15, clip, tmp_path):
+    data = WeightedPairs()
+    data.preferred_only = True
+    with pytest.raises(ValueError, match=r"data\.init_args\.preferred_only gives only the preferred ones"):
+        fit(make(sd15, clip), tmp_path, data)
 
 
 def test_timesteps_beyond_the_schedule_are_refused(sd15, clip, tmp_path):

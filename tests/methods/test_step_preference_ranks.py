@@ -1,12 +1,14 @@
 """A step preference model on two gloo ranks: the update and accuracy of one rank, and an exact resume after a kill."""
 
 import csv
+import json
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.methods.run_ranks import main
 from tests.methods.test_two_ranks import assert_ranks_share_the_draws, run, weights
 from tests.rewards.tiny import save_hf_clip
 
@@ -19,8 +21,13 @@ def clip(tmp_path_factory) -> str:
 
 
 def spm(folder: Path, pretrained: Path, clip: str, expected_exit: int = 0, **settings) -> Path:
-    settings = {"options": {}, "accumulate": 1, "steps": 2} | settings
-    return run(folder, pretrained, expected_exit, method="spm", clip=clip, **settings)
+    """A run on two ranks, or in this process on one."""
+    settings = {"options": {}, "accumulate": 1, "steps": 2, "method": "spm", "clip": clip} | settings
+    if settings["devices"] > 1:
+        return run(folder, pretrained, expected_exit, **settings)
+    folder.mkdir()
+    main(json.loads(json.dumps(settings)) | {"folder": str(folder), "pretrained": str(pretrained), "strategy": "auto"})
+    return folder
 
 
 def test_two_ranks_make_the_update_of_one_rank_with_twice_the_accumulation(sd15, clip, tmp_path):
@@ -36,31 +43,26 @@ def test_two_ranks_make_the_update_of_one_rank_with_twice_the_accumulation(sd15,
     assert_ranks_share_the_draws(two, one)
 
 
-@pytest.mark.parametrize("in_batch", [False, True])
-def test_two_ranks_make_the_update_of_one_rank_with_twice_the_batch(in_batch, sd15, clip, tmp_path):
-    """On clean images, which need no random numbers; in-batch contrast looks at the pairs of both ranks."""
-    options = {"in_batch": in_batch, "input_kind": "clean"}
-    one = spm(tmp_path / "one", sd15, clip, devices=1, batch_size=4, options=options)
-    two = spm(tmp_path / "two", sd15, clip, devices=2, batch_size=2, options=options)
-    for name, tensor in weights(one, 2).items():
-        torch.testing.assert_close(weights(two, 2)[name], tensor, rtol=1e-5, atol=1e-6)
-
-
 def rows(folder: Path) -> list[dict[str, str]]:
     with open(folder / "log" / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_two_ranks_measure_the_accuracy_of_one(sd15, clip, tmp_path):
-    options = {"input_kind": "clean"}  # of training: both runs validate the same weights
-    shared = {"steps": 1, "val_check_interval": 1, "options": options}
-    one = spm(tmp_path / "one", sd15, clip, devices=1, batch_size=4, val_batches=6, **shared)
-    two = spm(tmp_path / "two", sd15, clip, devices=2, batch_size=2, val_batches=6, **shared)
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_two_ranks_make_the_update_and_measure_the_accuracy_of_one_with_twice_the_batch(in_batch, sd15, clip, tmp_path):
+    """On clean images, which need no random numbers; in-batch contrast looks at the pairs of both ranks."""
+    options = {"in_batch": in_batch, "input_kind": "clean"}
+    shared = {"val_check_interval": 2, "val_batches": 6, "options": options}
+    one = spm(tmp_path / "one", sd15, clip, devices=1, batch_size=4, **shared)
+    two = spm(tmp_path / "two", sd15, clip, devices=2, batch_size=2, **shared)
+    for name, tensor in weights(one, 2).items():
+        torch.testing.assert_close(weights(two, 2)[name], tensor, rtol=1e-5, atol=1e-6)
     found = [
-        {k: v for row in rows(folder) for k, v in row.items() if k.startswith("val/") and v} for folder in (one, two)
+        {k: float(v) for row in rows(folder) for k, v in row.items() if k.startswith("val/") and v}
+        for folder in (one, two)
     ]
-    assert found[0]["val/pairs"] == "24.0"
-    assert {k: float(v) for k, v in found[0].items()} == pytest.approx({k: float(v) for k, v in found[1].items()})
+    assert found[0]["val/pairs"] == 24.0
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_two_killed_ranks_resume_exactly(sd15, clip, tmp_path):

@@ -378,6 +378,15 @@ def test_files_that_do_not_fit_are_refused(how, message, clip, tmp_path):
     assert not (tmp_path / "out.bin").exists()
 
 
+def test_a_folder_of_deepspeed_is_told_apart(clip, tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "last.ckpt" / "zero_to_fp32.py").write_text("")
+    folder = str(tmp_path / "last.ckpt")
+    for use in (lambda: StepPreference(folder, str(clip), str(clip)), lambda: export(folder, "a.bin", str(clip))):
+        with pytest.raises(ValueError, match=r"is a checkpoint of DeepSpeed.*convert_zero_checkpoint"):
+            use()
+
+
 def test_a_pickle_with_code_is_not_read(clip, tmp_path):
     torch.save(CLIPModel(golden_config()), tmp_path / "model.bin")
     with pytest.raises(ValueError, match="holds more than tensors"):
