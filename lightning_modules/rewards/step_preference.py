@@ -297,8 +297,8 @@ def check_weights(option: str, path: str) -> None:
     if (Path(path) / "zero_to_fp32.py").is_file():
         raise ValueError(
             f"{option}: {path!r} is a checkpoint of DeepSpeed, whose weights are spread over files. Gather them, where "
-            "DeepSpeed is installed, by lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict"
-            f"({path!r}, 'spm.ckpt'), and take spm.ckpt."
+            "DeepSpeed is installed, by `from lightning.pytorch.utilities import deepspeed; "
+            f"deepspeed.convert_zero_checkpoint_to_fp32_state_dict({path!r}, 'spm.ckpt')`, and take spm.ckpt."
         )
     check_file(option, path)
 

@@ -25,7 +25,7 @@ def run(folder: Path, pretrained: Path, expected_exit: int | None = 0, **setting
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     if expected_exit is not None:
         assert process.returncode == expected_exit, process.stderr[-3000:]
