@@ -2,8 +2,9 @@
 
     python -m tests.datamodules.kill_matrix --points 10
 
-One cell is a source of pairs x workers x ranks. Every run is forked from this process, which has imported everything
-and started no thread of its own, so that a run takes a second or two. What is compared, bit for bit: the samples that
+One cell is a source of pairs x workers x ranks. A run is killed up to five times on its way, and resumed each time.
+Every run is forked from this process, which has imported everything and started no thread of its own, so that a run
+takes a second or two. What is compared with one that nobody disturbed, bit for bit: the samples that
 every micro-batch of every rank saw (ids, captions, labels, pixels), every checkpoint that has got its name (weights,
 optimizer, counters, position in the data), and every logged metric. Every killed run begins with empty caches; remote
 shards come through `pipe:`, and the caches of shards are too small for all of them.
@@ -56,6 +57,7 @@ FORK = multiprocessing.get_context("fork")
 SOURCES = ("parquet", "streaming", "shards")
 NUM_BATCHES = 12  # micro-batches of a run, per rank
 BATCH_SIZE = 2
+KILLS_PER_RUN = 5  # at most
 HOOKS = (
     "on_train_batch_start",
     "on_before_backward",
@@ -101,7 +103,8 @@ class Strike:
     Attributes:
         kind: "hook": in a hook of a micro-batch. "saving": during a checkpoint. "loading": in the process that loads a
             sample, at that sample. "moment": by another process, so and so long after a micro-batch began.
-        number: The micro-batch; the checkpoint (from 1); the position of the sample; the micro-batches begun.
+        number: The micro-batch; the attempt's checkpoint (from 1); the position of the sample; the micro-batches that
+            the attempt has begun.
         where: The hook, or the stage of the saving.
         rank: The rank that dies first.
         pause: Seconds from the begin of the micro-batch, and from the first rank's end to the others'.
@@ -116,18 +119,19 @@ class Strike:
     group: bool
 
 
-def draw_strike(rng: random.Random, kind: str, cell: Cell) -> Strike:
-    """A strike somewhere in the run."""
+def draw_strike(rng: random.Random, kind: str, cell: Cell, part: range) -> Strike:
+    """A strike somewhere in a part of the run's micro-batches, of an attempt that begins with the part."""
     pause, where = rng.uniform(0.0, 0.1), ""
     if kind == "hook":
-        number, where = rng.randrange(NUM_BATCHES), rng.choice(HOOKS)
+        number, where = rng.choice(part), rng.choice(HOOKS)
     elif kind == "saving":
         stages = [stage for stage in SAVING if cell.keeps > 0 or stage != "older one removed"]
-        number, where = rng.randint(1, NUM_BATCHES // cell.accumulate - 1), rng.choice(stages)
+        left = min(part.stop, NUM_BATCHES - 1) - part.start  # none after the last one
+        number, where = rng.randint(1, max(1, left // cell.accumulate)), rng.choice(stages)
     elif kind == "loading":
-        number = rng.randrange(NUM_BATCHES * BATCH_SIZE * cell.ranks)
+        number = rng.choice(part) * BATCH_SIZE * cell.ranks + rng.randrange(BATCH_SIZE * cell.ranks)
     else:
-        number = rng.randrange(NUM_BATCHES)
+        number = rng.randrange(len(part))
         pause = rng.uniform(0.0, 1.5 if number == 0 else 0.1)  # before the first micro-batch lies the whole start
     return Strike(kind, number, where, 0 if kind == "saving" else rng.randrange(cell.ranks), pause, rng.random() < 0.6)
 
@@ -504,33 +508,34 @@ def kill_and_resume(cell: Cell, setup: Setup, folder: Path, whole: Path, strikes
 
 
 def try_cell(cell: Cell, setup: Setup, folder: Path, points: int, seed: int = 0) -> list[str]:
-    """Kill and resume the runs of a cell; returns what went wrong."""
+    """Kill and resume the runs of a cell at so many points; returns what went wrong."""
     whole, begin = folder / WHOLE, time.monotonic()
     if problems := kill_and_resume(cell, setup, whole, whole, []).problems:
         return [f"{cell}, uninterrupted: {problem}" for problem in problems]
-    rng, groups, kills, point, tries = random.Random(f"{cell} {seed}"), [], 0, 0, 0
-    kinds = rng.sample(KINDS, len(KINDS))
-    while point < points:
-        # Every third run is killed once more after it has been resumed.
-        chosen = [kinds[(point + offset) % len(kinds)] for offset in range(2 if point % 3 == 2 else 1)]
-        strikes = [draw_strike(rng, kind, cell) for kind in chosen]
+    rng, groups, kills, tries = random.Random(f"{cell} {seed}"), [], 0, 0
+    kinds = itertools.cycle(rng.sample(KINDS, len(KINDS)))
+    while kills < points and not problems:
+        number = min(KILLS_PER_RUN, points - kills)
+        bounds = [NUM_BATCHES * i // number for i in range(number + 1)]
+        parts = [range(*between) for between in itertools.pairwise(bounds)]
+        strikes = [draw_strike(rng, next(kinds), cell, part) for part in parts]
         outcome = kill_and_resume(cell, setup, folder / str(tries), whole, strikes)
         problems += [f"{cell}, run {tries}, {strikes}: {problem}" for problem in outcome.problems]
-        groups, kills, tries = groups + outcome.groups, kills + outcome.kills, tries + 1
-        point += outcome.kills > 0 or len(outcome.problems) > 0  # the run may have ended before the moment came
+        groups, tries = groups + outcome.groups, tries + 1
+        kills += outcome.kills  # a run may have ended before the moment came
     # Workers of a rank that was killed alone look every 5 s whether it is still there.
     deadline = time.monotonic() + 20
     while (left := survivors(groups)) and time.monotonic() < deadline:
         time.sleep(0.1)
     problems += [f"{cell}: still alive: {process}" for process in left]
     seconds = time.monotonic() - begin
-    print(f"{cell}: {points} points, {kills} kills, {len(problems)} problems, {seconds:.0f} s", flush=True)
+    print(f"{cell}: {kills} kills in {tries} runs, {len(problems)} problems, {seconds:.0f} s", flush=True)
     return problems
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=10, help="points per cell")
+    parser.add_argument("--points", type=int, default=10, help="kills per cell")
     parser.add_argument("--cells", nargs="*", help="as parquet/2/1: source, workers, ranks (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the random points")
     parser.add_argument("--folder", type=Path, help="keeps the runs (default: a temporary folder)")
