@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def describe_policy(backbone: Backbone, hashes: dict[str, Any], reference: bool 
         "num_inference_steps": backbone.num_inference_steps,
         "guidance_scale": backbone.guidance_scale,
         **({} if few_step is None else {"few_step": asdict(few_step)}),
+        **({} if backbone.image_size is None else {"image_size": backbone.image_size}),
         **backbone.pipeline_options,
         "diffusers": diffusers.__version__,
     }
@@ -113,13 +114,13 @@ def describe_policy(backbone: Backbone, hashes: dict[str, Any], reference: bool 
 
 def plain_config(config: Any) -> dict[str, Any]:
     """A config without what says where it was read from, and by which version."""
-    return {name: value for name, value in dict(config).items() if not name.startswith("_")}
+    items = asdict(config) if is_dataclass(config) else dict(config)
+    return {name: value for name, value in items.items() if not name.startswith("_")}
 
 
 def image_size(backbone: Backbone) -> tuple[int, int]:
     """Height and width of the images that a loaded backbone makes."""
-    size = backbone.denoiser.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    _, height, width = backbone.latent_shape
     return height * backbone.pipeline.vae_scale_factor, width * backbone.pipeline.vae_scale_factor
 
 

@@ -36,6 +36,9 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 class SiTPipeline(SimpleNamespace):
     """The parts of a SiT by the names that a diffusers pipeline gives them: `transformer`, `vae`."""
 
+    vae_scale_factor = VAE_FACTOR
+    scheduler = SimpleNamespace(config={})  # Euler's even steps: there is nothing to set
+
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Nothing: it shows no progress."""
 

@@ -117,6 +117,7 @@ def test_a_second_stage_trains_what_the_first_did():
                 assert look_up(config, option) == look_up(first, option), (name, option)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "model", "modules", "score", "student"),
     [

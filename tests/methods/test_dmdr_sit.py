@@ -11,9 +11,12 @@ from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from callbacks.evaluation import Evaluation
 from callbacks.export_pipeline import ExportPipeline
 from callbacks.save_adapters import SaveAdapters
+from callbacks.write_images import WriteImages
 from datamodules.labels import LabelsDataModule
+from datamodules.prompts import PromptList
 from lightning_modules.backbones.sit import SiT
 from lightning_modules.dmdr import DMDR
 from lightning_modules.rewards.classifier import DINOv2Score
@@ -96,6 +99,22 @@ def test_fit_resumes_exactly_and_leaves_the_published_layout(sit, classifier, tm
     rows = [json.loads(line) for line in (run / "loss_logs/loss_gen_log.jsonl").read_text().splitlines()]
     assert [row["glo_s"] for row in rows] == [0, 1, 2] or [row["glo_s"] for row in rows] == [1, 2, 3]
     assert all(row["dino"] < 0 for row in rows)
+
+
+def test_test_and_predict_draw_classes(sit, classifier, tmp_path):
+    """The student in one step beside the base in three; classes come from a file with a number per line."""
+    (tmp_path / "classes.txt").write_text("3\n7\n0\n")
+    pl.seed_everything(11, verbose=False)
+    module = build(sit)
+    callbacks = [Evaluation(rewards={"dino": classifier}), WriteImages()]
+    options = {"logger": CSVLogger(tmp_path, name="", version="log"), "callbacks": callbacks}
+    trainer = pl.Trainer(accelerator="cpu", enable_progress_bar=False, **options)
+    data = LabelsDataModule(CLASSES, 4, test_prompts=PromptList(str(tmp_path / "classes.txt")))
+    trainer.test(module, datamodule=data, verbose=False)
+    results = json.loads((tmp_path / "log/evaluation/results.json").read_text())
+    assert results["rewards"]["dino"]["difference"] != 0
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    assert len(list((tmp_path / "log/images").glob("*.png"))) == 3
 
 
 def test_cold_start_with_guidance_and_two_steps(sit, tmp_path):
