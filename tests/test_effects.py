@@ -5,6 +5,7 @@
 Each run is the recipe of cli_configs/toy with the options named here; about two minutes each on two cores.
 """
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -156,3 +157,57 @@ def test_one_step_suffices(seed):
     _, cold, undistilled = distilled(seed, "--model.num_steps=1")
     assert cold["match"]["tuned"] >= 0.8 * cold["match"]["base"]
     assert cold["match"]["tuned"] > undistilled["match"]["tuned"] + 0.2
+
+
+# ------------------------------------------------------------------------------------------------------------------ SPO
+
+
+@functools.cache
+def step_aware_judge(seed: int) -> str:
+    """A step-aware preference model trained on vividness labels: its checkpoint."""
+    return f"{fit_recipe('spm', seed)}/checkpoints/last.ckpt"
+
+
+def evaluate_spo(seed: int, *options: str) -> dict[str, dict]:
+    """SPO judged by the model of the same seed."""
+    judge = ["--config=cli_configs/toy/spo_from_spm.yaml", f"--model.judge.weights={step_aware_judge(seed)}"]
+    return evaluate("spo", seed, *judge, *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_spo_from_a_trained_judge_raises_vividness_and_keeps_the_match(seed):
+    result = evaluate_spo(seed)
+    assert result["vividness"]["win_rate"] >= 0.85
+    assert result["vividness"]["difference"] >= 0.15
+    assert result["match"]["difference"] >= -0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_spo_from_the_oracle_raises_vividness_and_keeps_the_match(seed):
+    result = evaluate("spo", seed)
+    assert result["vividness"]["win_rate"] >= 0.85
+    assert result["vividness"]["difference"] >= 0.15
+    assert result["match"]["difference"] >= -0.02
+
+
+@pytest.mark.slow
+def test_spo_from_a_judge_of_the_wrong_sign_loses():
+    result = evaluate_spo(0, "--model.judge.class_path=tests.methods.spo_runs.Contrary")
+    assert result["vividness"]["win_rate_interval"][1] < 0.5
+    assert result["vividness"]["difference"] < 0
+
+
+@pytest.mark.slow
+def test_spo_from_pairs_selected_at_random_does_nothing():
+    result = evaluate("spo", 0, "--model.judge=tests.methods.spo_runs.Dice", "--model.threshold=0.3")
+    assert abs(result["vividness"]["difference"]) < 0.05
+    assert abs(result["match"]["difference"]) < 0.05
+
+
+@pytest.mark.slow
+def test_spo_of_a_flow_raises_vividness():
+    result = evaluate("spo", 0, "--model.backbone=tests.toy_flow.ToyFlow")
+    assert result["vividness"]["win_rate"] >= 0.85
+    assert result["vividness"]["difference"] >= 0.10
