@@ -1,6 +1,6 @@
 """Rounds of SPO at real size with random weights: prompts per second, MFU, peak memory.
 
-    python -m tests.benchmarks.spo_step_time --output tests/benchmarks/results/spo_h200.json
+    python -m tests.benchmarks.spo_step_time --output runs/spo_h200.json
     python -m tests.benchmarks.spo_step_time --tiny --output /tmp/spo.json
 
 SD 1.5 at 512 px, LoRA of rank 4, K = 4, 20 steps, ten prompts a round, a judge of ViT-H's size with time weights; the

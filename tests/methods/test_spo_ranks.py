@@ -33,7 +33,7 @@ def start(folder: Path, pretrained: Path, runs: dict[str, dict]) -> dict[str, in
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,  # a machine may be busy
     )
     assert process.returncode == 0, process.stderr[-3000:]
     print(process.stderr[-5000:])
