@@ -457,11 +457,6 @@ class DMDR(AlignmentModule):
                 "model.shared_step is false, and trainer.strategy FSDP2 (ModelParallelStrategy), under which all ranks "
                 "have to ask the network equally often; set model.shared_step: true, or use DDP."
             )
-        if self.simulation == "dmd2" and str(self.trainer.precision) == "16-mixed":
-            raise ValueError(
-                "model.simulation is 'dmd2', and trainer.precision 16-mixed, whose one loss scale would change between "
-                "the steps of the two networks; use bf16-mixed, or model.simulation: published."
-            )
         if not isinstance(strategy, DeepSpeedStrategy):
             return
         if strategy.config.get("zero_optimization", {}).get("stage") == 3:
@@ -572,29 +567,37 @@ class DMDR(AlignmentModule):
         turn = updates_generator(self.inner_step, self.ratio)
         fake_losses, terms, samples = [], [], []
 
-        for number, part in enumerate(parts):
-            self.seed_part("fake", number, len(parts))
-            condition = self.backbone.encode_prompts(part)
-            sample = self.simulate(condition, len(part))
-            if self.simulation == "dmd2":  # what the student makes of its input serves both networks
+        if self.simulation == "published":  # first the fake score, then the student, which makes another sample
+            for number, part in enumerate(parts):
+                self.seed_part("fake", number, len(parts))
+                condition = self.backbone.encode_prompts(part)
+                sample = self.simulate(condition, len(part))
+                fake_losses.append(self.train_fake(sample["x0"], condition, len(parts)))
+                samples.append((sample, condition, part))
+            self.step_fake(fake, torch.stack(fake_losses).mean())
+            for number, (sample, condition, part) in enumerate(samples if turn else []):
+                self.seed_part("student", number, len(parts))
+                x0 = self.student(sample, condition)
+                terms.append(self.train_student(x0, condition, part, len(parts)))
+            if turn:
+                self.step_student(student)
+        else:  # first the student; what it makes of its input serves the fake score as well
+            for number, part in enumerate(parts):
+                self.seed_part("student", number, len(parts))
+                condition = self.backbone.encode_prompts(part)
+                sample = self.simulate(condition, len(part))
                 with torch.set_grad_enabled(turn):
                     x0 = self.student(sample, condition)
                 if turn:
                     terms.append(self.train_student(x0, condition, part, len(parts)))
-                sample["x0"] = x0.detach()
-                torch.clear_autocast_cache()
-            fake_losses.append(self.train_fake(sample["x0"], condition, len(parts)))
-            samples.append((sample, condition, part))
-        if turn and self.simulation == "dmd2":
-            self.step_student(student)
-        self.step_fake(fake, torch.stack(fake_losses).mean())
-
-        if turn and self.simulation == "published":  # after the fake score, on the same prompts and another sample
-            for number, (sample, condition, part) in enumerate(samples):
-                self.seed_part("student", number, len(parts))
-                x0 = self.student(sample, condition)
-                terms.append(self.train_student(x0, condition, part, len(parts)))
-            self.step_student(student)
+                samples.append((x0.detach(), condition))
+            torch.clear_autocast_cache()
+            if turn:
+                self.step_student(student)
+            for number, (x0, condition) in enumerate(samples):
+                self.seed_part("fake", number, len(parts))
+                fake_losses.append(self.train_fake(x0, condition, len(parts)))
+            self.step_fake(fake, torch.stack(fake_losses).mean())
         self.inner_step += 1
         if turn:
             self.log_update({name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]})

@@ -303,6 +303,22 @@ def test_each_networks_gradient_is_clipped_before_its_step(clip, largest, sd15, 
         assert after == pytest.approx(min(before, largest or math.inf), rel=1e-3)
 
 
+@pytest.mark.parametrize("simulation", ["published", "dmd2"])
+def test_float16_gradients_are_logged_and_clipped_without_their_scale(simulation, sd15, tmp_path):
+    """One scaler serves both networks: its factor, here doubled at every step of either, must not reach the norms."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+    half = MixedPrecision("16-mixed", "cpu", scaler)
+    fit(build(sd15, simulation=simulation), tmp_path / "half", max_steps=1, precision=None, plugins=[half])
+    fit(build(sd15, simulation=simulation), tmp_path / "single", max_steps=1)
+    assert scaler.get_scale() == 64.0 * 2**5
+    for network in ("gui", "gen"):
+        logs = [tmp_path / run / "log" / "loss_logs" / f"loss_{network}_log.jsonl" for run in ("half", "single")]
+        first, second = ([json.loads(line)["gradient_norm"] for line in log.read_text().splitlines()] for log in logs)
+        assert first == pytest.approx(second, rel=0.2)
+
+
 # ------------------------------------------------------------------------------------------------------------- rewards
 
 

@@ -202,7 +202,6 @@ def deepspeed_of(**config) -> DeepSpeedStrategy:
     [
         (FSDPStrategy, {}, "32-true", "FSDP's first version, which clips .* use FSDP2"),
         (ModelParallelStrategy, {"shared_step": False}, "32-true", "shared_step is false, .* set model.shared_step"),
-        (lambda: "auto", {"simulation": "dmd2"}, "16-mixed", "one loss scale .* use bf16-mixed"),
         (lambda: deepspeed_of(zero_optimization={"stage": 3}), {}, "bf16-mixed", "ZeRO stage 3, .* use stage 2"),
         (deepspeed_of, {"keep_optimizers": True, "start_from": "a.ckpt"}, "bf16-mixed", "model.keep_optimizers: Deep"),
         (lambda: deepspeed_of(gradient_clipping=2.0), {}, "bf16-mixed", "gradient_clipping is 2.0 .* leave the first"),
