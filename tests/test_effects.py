@@ -170,8 +170,7 @@ def step_aware_judge(seed: int) -> str:
 
 def evaluate_spo(seed: int, *options: str) -> dict[str, dict]:
     """SPO judged by the model of the same seed."""
-    judge = ["--config=cli_configs/toy/spo_from_spm.yaml", f"--model.judge.weights={step_aware_judge(seed)}"]
-    return evaluate("spo", seed, *judge, *options)
+    return evaluate("spo_from_spm", seed, f"--model.judge.weights={step_aware_judge(seed)}", *options)
 
 
 @pytest.mark.slow
