@@ -75,6 +75,3 @@ class WeightedPairs(RandomPairs):
             "weight": torch.tensor([1.0 / (1 + row % 4) for row in rows]),
             "ids": [f"row {row}" for row in rows],
         }
-
-    def val_dataloader(self) -> DataLoader:
-        return self.loader(10**6 // self.trainer.world_size)
