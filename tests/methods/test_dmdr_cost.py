@@ -196,5 +196,8 @@ def test_four_step_sd3_holds_one_base_and_costs_less_than_the_published_code(
     rewarded = cost.update(ode) + TOWERS + TEXTS
     print(f"{model}: {cost}, cold {cost.cold(ode)}, RL {rewarded}, SDE {cost.cold(sde)}", flush=True)
     assert 0.95 * cold_limit < cost.cold(ode) <= cold_limit
-    assert round(rewarded) <= rl_limit  # the published sums are rounded: 68.8 + 6.4 is called 75
     assert cost.cold(sde) <= 0.82 * cold_limit
+    if model == "3-medium":
+        assert rewarded == pytest.approx(75.28, abs=0.01)
+        pytest.xfail(f"with rewards {rewarded:.2f} TFLOP, above the bound of {rl_limit}: not met yet")
+    assert rewarded <= rl_limit
