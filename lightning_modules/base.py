@@ -20,6 +20,8 @@ from datamodules.batches import PromptBatch
 from lightning_modules.backbones.base import Backbone
 
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+# What the Trainer has where it is not asked to do what some methods do themselves.
+UNSET = {"gradient_clip_val": (None, 0), "accumulate_grad_batches": (1,)}
 
 
 def batch_seed(seed: int, stage: str, index: int) -> int:
@@ -109,6 +111,9 @@ class AlignmentModule(pl.LightningModule):
         keep_reference: Whether the method asks for the frozen starting policy during training.
     """
 
+    # Of methods that step their optimizers themselves: setting of the Trainer -> what to set in its place.
+    replaces: dict[str, str] = {}
+
     def __init__(
         self,
         backbone: Backbone,
@@ -136,6 +141,24 @@ class AlignmentModule(pl.LightningModule):
         self._missed_validation: dict[str, int] | None = None
 
     # ---------------------------------------------------------------------------------------------------- building
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """None; the first place where the Trainer's settings can be seen.
+
+        Raises:
+            ValueError: if the Trainer is asked for what a method does itself that steps its optimizers itself.
+        """
+        name = type(self).__name__
+        for setting, ours in self.replaces.items():
+            if (value := getattr(self.trainer, setting)) not in UNSET[setting]:
+                raise ValueError(f"trainer.{setting} is {value}; {name} does this itself: set model.{ours} instead.")
+        by_time = any(getattr(callback, "_train_time_interval", None) for callback in self.trainer.checkpoint_callbacks)
+        if by_time and not self.automatic_optimization:
+            raise ValueError(
+                "ModelCheckpoint.train_time_interval: Lightning saves no checkpoints by time for a method that steps "
+                f"its optimizers itself, as {name} does; use every_n_train_steps."
+            )
+        return []
 
     def configure_model(self) -> None:
         """Load the networks once, in the precision that the Trainer asks for; shard the trained one under FSDP2.

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
@@ -241,6 +240,11 @@ class DMDR(AlignmentModule):
         score_optimizer: Of the fake score.
     """
 
+    replaces = {
+        "gradient_clip_val": "gradient_clip_val",
+        "accumulate_grad_batches": "micro_batch_size, and a larger data.batch_size",
+    }
+
     def __init__(
         self,
         backbone: Backbone,
@@ -378,25 +382,6 @@ class DMDR(AlignmentModule):
         self.losses: dict[str, list[tuple[int, int, dict[str, Tensor]]]] = {"gui": [], "gen": []}  # not yet written
 
     # -------------------------------------------------------------------------------------------------- preparation
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """None; the first place where the Trainer's settings can be seen.
-
-        Raises:
-            ValueError: if the Trainer is asked for what the method does itself.
-        """
-        for name, unset, ours in (
-            ("gradient_clip_val", (None, 0), "gradient_clip_val"),
-            ("accumulate_grad_batches", (1,), "micro_batch_size, and a larger data.batch_size"),
-        ):
-            if (value := getattr(self.trainer, name)) not in unset:
-                raise ValueError(f"trainer.{name} is {value}; DMDR does this itself: set model.{ours} instead.")
-        if any(getattr(callback, "_train_time_interval", None) for callback in self.trainer.checkpoint_callbacks):
-            raise ValueError(
-                "ModelCheckpoint.train_time_interval: Lightning saves no checkpoints by time for a method that steps "
-                "its optimizers itself; use every_n_train_steps."
-            )
-        return []
 
     def setup(self, stage: str) -> None:
         """Load the rewards before the networks: a wrong weight file is told of at once.

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -225,6 +224,8 @@ class SPO(AlignmentModule):
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
     """
 
+    replaces = {"gradient_clip_val": "gradient_clip_val", "accumulate_grad_batches": "accumulate_grad_batches"}
+
     def __init__(
         self,
         backbone: Backbone,
@@ -298,22 +299,6 @@ class SPO(AlignmentModule):
         self.tally = torch.zeros(num_steps, 4)  # pairs, margins, right ones, clipped ratios of each timestep
 
     # -------------------------------------------------------------------------------------------------- preparation
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """None; the first place where the Trainer's settings can be seen.
-
-        Raises:
-            ValueError: if the Trainer is asked for what the method does itself.
-        """
-        for name, unset in (("gradient_clip_val", (None, 0)), ("accumulate_grad_batches", (1,))):
-            if (value := getattr(self.trainer, name)) not in unset:
-                raise ValueError(f"trainer.{name} is {value}; SPO does this itself: set model.{name} instead.")
-        if any(getattr(callback, "_train_time_interval", None) for callback in self.trainer.checkpoint_callbacks):
-            raise ValueError(
-                "ModelCheckpoint.train_time_interval: Lightning saves no checkpoints by time for a method that steps "
-                "its optimizer itself; use every_n_train_steps."
-            )
-        return []
 
     def setup(self, stage: str) -> None:
         """Load the judge before the networks: a wrong weight file is told of at once.

@@ -146,6 +146,7 @@ class LogarithmicWarmup(torch.optim.lr_scheduler.LambdaLR):
                 f"LogarithmicWarmup: warmup_steps is {warmup_steps} and total_steps {total_steps}; expected a warm-up "
                 "shorter than the run."
             )
+        self.total_steps = total_steps
         super().__init__(optimizer, lambda step: logarithmic_warmup(step, warmup_steps, total_steps))
 
 
@@ -256,13 +257,20 @@ class StepPreferenceModel(AlignmentModule):
         """Load the feedback before the networks: a wrong weight file is told of at once.
 
         Raises:
-            ValueError: if the data module gives single images.
+            ValueError: if the data module gives single images, or the schedule of the rate is over before the run.
         """
         if getattr(self.trainer.datamodule, "preferred_only", False):
             raise ValueError(
                 "StepPreferenceModel compares the two images of a pair, but data.init_args.preferred_only gives only "
                 "the preferred ones. Leave it out."
             )
+        if stage == "fit" and self.lr_scheduler is not None:
+            schedule = self.lr_scheduler(self.optimizer([nn.Parameter(torch.zeros(1))]))
+            if isinstance(schedule, LogarithmicWarmup) and self.trainer.max_steps > schedule.total_steps:
+                raise ValueError(
+                    f"trainer.max_steps is {self.trainer.max_steps}, but the learning rate of model.lr_scheduler is 0 "
+                    f"after total_steps: {schedule.total_steps}. Give both the same number."
+                )
         if self.feedback is not None:
             self.feedback.load()
             self.feedback.requires_grad_(False)

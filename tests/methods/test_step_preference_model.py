@@ -367,6 +367,12 @@ def test_checkpoint_inside_an_accumulation_window_resumes_exactly(sd15, clip, tm
     assert metrics(tmp_path / "resumed") == {1: metrics(tmp_path / "whole")[1]}
 
 
+def test_a_schedule_that_ends_before_the_run_is_refused(sd15, clip, tmp_path):
+    module = make(sd15, clip, lr_scheduler=lambda o: LogarithmicWarmup(o, 2, 3))
+    with pytest.raises(ValueError, match="max_steps is 4, but the learning rate of .* is 0 after total_steps: 3"):
+        fit(module, tmp_path, max_steps=4)
+
+
 def test_published_schedule_reaches_the_optimizer(sd15, clip, tmp_path):
     rates = []
 
