@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datamodules.batches import ImageBatch, PairBatch, PromptBatch
+from datamodules.batches import ImageBatch, PairBatch
 from datamodules.cache import Cache, CachedRows, Dtype, collate_cached
 from datamodules.cache_filling import CacheFilling
-from datamodules.prompts import PromptList
+from datamodules.prompts import PromptList, PromptLoaders
 from datamodules.sampling import ResumableDataModule, block_order, evaluation_loader, sample_generator
 from datamodules.scores import ScoreFilling, Scores, labels_of
 from datamodules.sources import Rows, load_rows
@@ -252,7 +252,7 @@ def collate_pairs(samples: list[dict[str, Any]]) -> PairBatch:
     return batch
 
 
-class PickAPicDataModule(ResumableDataModule):
+class PickAPicDataModule(PromptLoaders, ResumableDataModule):
     """Preference pairs in the style of Pick-a-Pic, or captioned images for supervised fine-tuning.
 
     Args:
@@ -519,19 +519,6 @@ class PickAPicDataModule(ResumableDataModule):
                 )
             collate = partial(collate_cached, collate=collate_pairs, empty=self.cached.embedding(""))
         return evaluation_loader(self.trainer, samples, self.batch_size, 0, collate)
-
-    def test_dataloader(self) -> DataLoader[PromptBatch]:
-        return self._prompt_loader()
-
-    def predict_dataloader(self) -> DataLoader[PromptBatch]:
-        return self._prompt_loader()
-
-    def _prompt_loader(self) -> DataLoader[PromptBatch]:
-        if self.test_prompts is None:
-            raise ValueError(
-                "There are no prompts to make images from: set `data.init_args.test_prompts.source` to a prompt file."
-            )
-        return self.test_prompts.loader(self.trainer)
 
     def _try_samples(self) -> None:
         """Raise before the networks are loaded if caches or scores lack anything that will be asked for."""

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from datamodules.batches import PromptBatch, TrainingPrompts
+from datamodules.batches import TrainingPrompts
 from datamodules.prompt_sets import hash_of
-from datamodules.prompts import PromptList
+from datamodules.prompts import PromptList, PromptLoaders
 from datamodules.sampling import ResumableDataModule, StreamLoader
 
 
@@ -55,7 +55,7 @@ class RepeatedLoader:
         pass
 
 
-class PromptStream(ResumableDataModule):
+class PromptStream(PromptLoaders, ResumableDataModule):
     """Prompts to train on; a method makes the images itself.
 
     A batch of prompts is handed over as often in a row as the method can learn from what it makes of them: SPO trains
@@ -94,19 +94,6 @@ class PromptStream(ResumableDataModule):
     def train_dataloader(self) -> RepeatedLoader:
         loader = self.stream_loader(self.captions, self.batch_size, 0, collate=list, identity=self.identity)
         return RepeatedLoader(loader, self.visits, self)
-
-    def test_dataloader(self) -> DataLoader[PromptBatch]:
-        return self._prompt_loader()
-
-    def predict_dataloader(self) -> DataLoader[PromptBatch]:
-        return self._prompt_loader()
-
-    def _prompt_loader(self) -> DataLoader[PromptBatch]:
-        if self.test_prompts is None:
-            raise ValueError(
-                "There are no prompts to make images from: set `data.init_args.test_prompts.source` to a prompt file."
-            )
-        return self.test_prompts.loader(self.trainer)
 
     # ------------------------------------------------------------------------------------- position in the stream
 

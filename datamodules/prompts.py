@@ -361,3 +361,23 @@ class PromptDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         return self.prompts.loader(self.trainer)
+
+
+class PromptLoaders:
+    """What a data module for training gives `main.py test` and `main.py predict`: the images of `test_prompts`."""
+
+    test_prompts: PromptList | None
+    trainer: Trainer
+
+    def test_dataloader(self) -> DataLoader[PromptBatch]:
+        return self._prompt_loader()
+
+    def predict_dataloader(self) -> DataLoader[PromptBatch]:
+        return self._prompt_loader()
+
+    def _prompt_loader(self) -> DataLoader[PromptBatch]:
+        if self.test_prompts is None:
+            raise ValueError(
+                "There are no prompts to make images from: set `data.init_args.test_prompts.source` to a prompt file."
+            )
+        return self.test_prompts.loader(self.trainer)

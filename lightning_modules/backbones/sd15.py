@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from lightning_modules.backbones.base import Backbone, Conditioning
-from lightning_modules.backbones.stable_diffusion import ddim_grid, hold_schedule, text_tokens, training_schedule
-from lightning_modules.functional.few_step import FewStepSampler, discrete_timesteps, epsilon_timesteps
+from lightning_modules.backbones.base import Conditioning
+from lightning_modules.backbones.stable_diffusion import DiscreteSchedule, hold_schedule, text_tokens, training_schedule
 
 
-class SD15(Backbone):
+class SD15(DiscreteSchedule):
     """Stable Diffusion 1.x or 2.x (epsilon or v-prediction, as the checkpoint's scheduler says)."""
 
     pipeline_class_name = "StableDiffusionPipeline"
@@ -27,25 +26,6 @@ class SD15(Backbone):
         with self.autocast():
             embeds = self.text_encoder(tokens.to(self.device))[0]
         return Conditioning(prompt_embeds=embeds)
-
-    def sample_timesteps(self, n: int) -> Tensor:
-        """(n,) int64, uniform over the training timesteps."""
-        return torch.randint(0, len(self.alphas), (n,), device=self.device)
-
-    def time_grid(self, num_steps: int) -> Tensor:
-        """(N + 1,) int64: DDIM's timesteps, the last step landing on 0."""
-        return ddim_grid(self, num_steps)
-
-    def timesteps_at(self, levels: Tensor) -> Tensor:
-        """(n,) int64, the nearest ones of the training schedule."""
-        return discrete_timesteps(levels, self.num_timesteps).to(self.device)
-
-    def few_step_grid(self, sampler: FewStepSampler) -> Tensor:
-        """(N,) int64: 999, 749, 500, 250 for four steps; 399 for one."""
-        return epsilon_timesteps(sampler.num_steps, sampler.shift, self.num_timesteps).to(self.device)
-
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.alphas[t], self.sigmas[t]
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
         with self.autocast():

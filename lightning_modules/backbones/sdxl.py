@@ -8,10 +8,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from datamodules.batches import ImageBatch, PairBatch
-from lightning_modules.backbones.base import Backbone, Conditioning, is_component
+from lightning_modules.backbones.base import Conditioning, is_component
 from lightning_modules.backbones.lora_files import sgm_names
-from lightning_modules.backbones.stable_diffusion import ddim_grid, hold_schedule, text_tokens, training_schedule
-from lightning_modules.functional.few_step import FewStepSampler, discrete_timesteps, epsilon_timesteps
+from lightning_modules.backbones.stable_diffusion import DiscreteSchedule, hold_schedule, text_tokens, training_schedule
 
 SizeConditions = Literal["constant", "real"]
 Timesteps = Literal["auto", "uniform", "turbo", "turbo_published"]
@@ -70,7 +69,7 @@ def turbo_timesteps(draws: Tensor, choices: int, num_timesteps: int = 1000) -> T
     return step * (draws % choices) + step - 1
 
 
-class SDXL(Backbone):
+class SDXL(DiscreteSchedule):
     """Stable Diffusion XL or SDXL-Turbo, epsilon or v-prediction as the checkpoint's scheduler says. Not the refiner.
 
     Args:
@@ -199,24 +198,9 @@ class SDXL(Backbone):
     def sample_timesteps(self, n: int) -> Tensor:
         """(n,) int64: uniform over the training timesteps, or SDXL-Turbo's."""
         if not self.turbo_choices:
-            return torch.randint(0, len(self.alphas), (n,), device=self.device)
+            return super().sample_timesteps(n)
         draws = torch.randint(0, self.turbo_choices, (n,), device=self.device)
         return turbo_timesteps(draws, self.turbo_choices, len(self.alphas))
-
-    def time_grid(self, num_steps: int) -> Tensor:
-        """(N + 1,) int64: DDIM's timesteps, the last step landing on 0."""
-        return ddim_grid(self, num_steps)
-
-    def timesteps_at(self, levels: Tensor) -> Tensor:
-        """(n,) int64, the nearest ones of the training schedule."""
-        return discrete_timesteps(levels, self.num_timesteps).to(self.device)
-
-    def few_step_grid(self, sampler: FewStepSampler) -> Tensor:
-        """(N,) int64: 999, 749, 500, 250 for four steps; 399 for one."""
-        return epsilon_timesteps(sampler.num_steps, sampler.shift, self.num_timesteps).to(self.device)
-
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.alphas[t], self.sigmas[t]
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
         """The acting network's prediction, (B, C, h, w); without `time_ids`, of whole images of their own size."""

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_modules.backbones.base import Backbone
+from lightning_modules.functional.few_step import FewStepSampler, discrete_timesteps, epsilon_timesteps
 
 
 def text_tokens(tokenizer: Any, prompts: list[str], length: int | None = None) -> Tensor:
@@ -85,3 +86,26 @@ def ddim_grid(backbone: Backbone, num_steps: int) -> Tensor:
             "leading, as those of Stable Diffusion are."
         )
     return grid.to(backbone.device)
+
+
+class DiscreteSchedule(Backbone):
+    """A backbone of T discrete timesteps, which `hold_schedule` has given its buffers."""
+
+    def sample_timesteps(self, n: int) -> Tensor:
+        """(n,) int64, uniform over the training timesteps."""
+        return torch.randint(0, len(self.alphas), (n,), device=self.device)
+
+    def time_grid(self, num_steps: int) -> Tensor:
+        """(N + 1,) int64: DDIM's timesteps, the last step landing on 0."""
+        return ddim_grid(self, num_steps)
+
+    def timesteps_at(self, levels: Tensor) -> Tensor:
+        """(n,) int64, the nearest ones of the training schedule."""
+        return discrete_timesteps(levels, self.num_timesteps).to(self.device)
+
+    def few_step_grid(self, sampler: FewStepSampler) -> Tensor:
+        """(N,) int64: 999, 749, 500, 250 for four steps; 399 for one."""
+        return epsilon_timesteps(sampler.num_steps, sampler.shift, self.num_timesteps).to(self.device)
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.alphas[t], self.sigmas[t]
