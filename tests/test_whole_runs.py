@@ -187,9 +187,13 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_pairs(tmp_path / "data" / "train.parquet", 17)  # 14 without the ties
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "sd3"])
+# In every test run LoRA on three families, and all weights on the first; the others by hand.
+RUNS = [(True, family) for family in ("sd15", "sdxl", "sd3")] + [(False, "sd15")]
+MORE = [(True, "sd21")] + [(False, family) for family in ("sd21", "sdxl", "sd3")]
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(("lora", "family"), [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in MORE)])
 def test_fit_saves_resumes_and_exports(method, family, lora, data, tmp_path, request):
     pretrained = request.getfixturevalue(family)
     export = {"class_path": "callbacks.export_pipeline.ExportPipeline"}

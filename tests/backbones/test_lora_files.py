@@ -87,8 +87,8 @@ def test_every_matrix_and_convolution_survives_diffusers_reader(real, sdxl):
     for unet in (real.unet, small.unet):
         modules = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         modules = {name.replace(".base_layer", "") for name in modules if ".lora_" not in name}
-        names = {module: sgm_names(unet)[module] for module in modules}
-        assert read_by_diffusers(names, unet) == modules
+        names = sgm_names(unet)
+        assert read_by_diffusers({module: names[module] for module in modules}, unet) == modules
 
 
 def test_levels_of_any_kind_are_counted():

@@ -153,6 +153,7 @@ def test_a_killed_test_goes_on_where_it_was(sd15, whole, tmp_path):
     assert largest_difference(tmp_path, whole) == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_from_what_one_has_made_and_the_other_way_round(sd15, whole, tmp_path):
     (tmp_path / "images").mkdir()
     for k, path in enumerate(sorted((whole / "images").glob("*/*.png"))):

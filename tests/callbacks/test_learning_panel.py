@@ -392,7 +392,8 @@ def ranks(sd15: Path, source: Path, folder: Path, strategy: str) -> dict[str, fl
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_see_what_one_sees(strategy, sd15, source, tmp_path, one_rank):
     """Five of six pairs: one of the ranks has two of them."""
     two = ranks(sd15, source, tmp_path, strategy)

@@ -61,6 +61,7 @@ def sdxl_configs(tmp_path_factory):
     return save_sdxl_configs(tmp_path_factory.mktemp("real") / "sdxl")
 
 
+@pytest.mark.slow
 def test_real_size_sdxl_full_fine_tuning(sdxl_configs):
     module = build(sdxl_configs, lora=False, family=SDXL)
     assert sum(p.numel() for p in module.trained_parameters().values()) == 2_567_463_684
@@ -77,6 +78,7 @@ def test_real_size_sdxl_lora(sdxl_configs):
     assert 41 <= count_step(module, from_pixels=False, size=1024) <= 42  # below: a forward pass would be missing
 
 
+@pytest.mark.slow
 def test_real_size_sd35_medium_lora(tmp_path):
     module = build(save_sd3_configs(tmp_path), lora=True, family=SD3)
     assert sum(p.numel() for p in module.trained_parameters().values()) == 4_694_016

@@ -36,11 +36,13 @@ def test_real_size_lora(configs):
     assert 27.5 < count_step(module, from_pixels=False, size=1024) <= 28.5
 
 
+@pytest.mark.slow
 def test_real_size_lora_with_checkpointing(configs):
     module = build(configs, lora=True, gradient_checkpointing=True)
     assert count_step(module, from_pixels=False, size=1024) == pytest.approx(38.5, rel=0.01)  # spec, section 13
 
 
+@pytest.mark.slow
 def test_real_size_full_fine_tuning_is_three_forward_passes(configs):
     module = build(configs, lora=False)
     assert sum(p.numel() for n, p in module.backbone.named_parameters() if "unet" in n) == 2_567_463_684
@@ -48,6 +50,7 @@ def test_real_size_full_fine_tuning_is_three_forward_passes(configs):
     assert count_step(module, from_pixels=False, size=1024) == pytest.approx(3 * 2 * 6.76, rel=0.01)
 
 
+@pytest.mark.slow
 def test_real_size_sd35_medium_lora(tmp_path):
     module = build(save_sd3_configs(tmp_path), lora=True, family=SD3)
     assert 54.5 < count_step(module, from_pixels=False, size=1024) <= 56  # DPO's reference would add 22.5

@@ -102,6 +102,7 @@ def test_sd15_costs_less_than_the_published_code(sd15_configs):
     assert 330 < sum(cost.values()) <= 370  # published: 448
 
 
+@pytest.mark.slow
 def test_sdxl_costs_less_than_the_published_code(sdxl_configs):
     module = build(SDXL, sdxl_configs, rank=64, candidates=2, inner_steps=3, threshold=0.4)
     trained = module.trained_parameters()

@@ -63,7 +63,8 @@ def count_step(module: StepPreferenceModel, size: int, cached: bool) -> float:
 
 
 @pytest.mark.parametrize(
-    ("family", "pixels", "cached", "bound"), [("sd15", 12.65, 10.4, 10.5), ("sdxl", 60.2, 50.2, 50.5)]
+    ("family", "pixels", "cached", "bound"),
+    [("sd15", 12.65, 10.4, 10.5), pytest.param("sdxl", 60.2, 50.2, 50.5, marks=pytest.mark.slow)],
 )
 def test_real_size_pair(family, pixels, cached, bound, tmp_path, monkeypatch):
     """The published code needs 12.6 and 60.7."""

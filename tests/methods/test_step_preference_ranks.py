@@ -30,6 +30,7 @@ def spm(folder: Path, pretrained: Path, clip: str, expected_exit: int = 0, **set
     return folder
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_update_of_one_rank_with_twice_the_accumulation(sd15, clip, tmp_path):
     one = spm(tmp_path / "one", sd15, clip, devices=1, accumulate=2)
     two = spm(tmp_path / "two", sd15, clip, devices=2, accumulate=1)
@@ -48,7 +49,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("in_batch", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_ranks_make_the_update_and_measure_the_accuracy_of_one_with_twice_the_batch(in_batch, sd15, clip, tmp_path):
     """On clean images, which need no random numbers; in-batch contrast looks at the pairs of both ranks."""
     options = {"in_batch": in_batch, "input_kind": "clean"}
@@ -65,6 +66,7 @@ def test_two_ranks_make_the_update_and_measure_the_accuracy_of_one_with_twice_th
     assert found[0] == pytest.approx(found[1])
 
 
+@pytest.mark.slow
 def test_two_killed_ranks_resume_exactly(sd15, clip, tmp_path):
     options = {"devices": 2, "accumulate": 2, "steps": 3}
     whole = spm(tmp_path / "whole", sd15, clip, **options)

@@ -61,6 +61,7 @@ def test_two_ranks_make_the_update_of_one_rank_with_twice_the_accumulation(one_r
     assert_ranks_share_the_draws(two, one_rank)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_orpo_make_the_update_of_one(sd15, tmp_path):
     one = run(tmp_path / "one", sd15, method="orpo", devices=1, accumulate=2, steps=2)
     two = run(tmp_path / "two", sd15, method="orpo", devices=2, accumulate=1, steps=2)
