@@ -219,9 +219,6 @@ def test_four_step_sd3_holds_one_base_and_costs_less_than_the_published_code(
     small = cost.rewarded(ode) - cost.decoder + tiny_decoder(module)
     print(f"{model}: {cost}, cold {cost.cold(ode)}, RL {cost.rewarded(ode)}, SDE {cost.cold(sde)}", flush=True)
     print(f"{model}: RL with a small decoder {small}", flush=True)
-        f"{model}: {cost}, cold {cost.cold(ode)}, RL {cost.rewarded(ode)}, SDE {cost.cold(sde)}, small {small}",
-        flush=True,
-    )
     assert 0.95 * cold_limit < cost.cold(ode) <= cold_limit
     assert cost.cold(sde) <= 0.82 * cold_limit
     # The bounds are the spec's sums, rounded (75.2, 1125.3), whose decoder has no attention.
