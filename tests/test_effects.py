@@ -200,9 +200,13 @@ def test_spo_from_a_judge_of_the_wrong_sign_loses():
 
 @pytest.mark.slow
 def test_spo_from_pairs_selected_at_random_does_nothing():
-    result = evaluate("spo", 0, "--model.judge=tests.methods.spo_runs.Dice", "--model.threshold=0.3")
-    assert abs(result["vividness"]["difference"]) < 0.05
-    assert abs(result["match"]["difference"]) < 0.05
+    """A run drifts a little, to one side or the other by chance; the seeds' mean does not."""
+    dice = ["--model.judge=tests.methods.spo_runs.Dice", "--model.threshold=0.3"]
+    results = [evaluate("spo", seed, *dice) for seed in SEEDS]
+    gains = [result["vividness"]["difference"] for result in results]
+    assert max(map(abs, gains)) < 0.06
+    assert abs(sum(gains)) / len(gains) < 0.02
+    assert max(abs(result["match"]["difference"]) for result in results) < 0.03
 
 
 @pytest.mark.slow
