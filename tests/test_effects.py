@@ -125,14 +125,13 @@ def test_flipped_labels_lose(recipe):
 
 
 @functools.cache
-def distilled(seed: int, *options: str) -> tuple[Path, dict[str, dict], dict[str, dict]]:
+def distilled(seed: int, recipe: str = "dmdr_cold_start") -> tuple[Path, dict[str, dict], dict[str, dict]]:
     """The cold start's checkpoint; student (tuned) and teacher (base); the sampler undistilled, and DDIM in 4 steps."""
-    folder = fit_recipe("dmdr_cold_start", seed, *options)
-    few = ["--model.backbone.num_inference_steps=4", *options]
+    folder = fit_recipe(recipe, seed)
     return (
         folder / "checkpoints" / "last.ckpt",
         judged(folder),
-        judged(fit_recipe("dmdr_cold_start", seed, *few, command="test")),
+        judged(fit_recipe(recipe, seed, "--model.backbone.num_inference_steps=4", command="test")),
     )
 
 
@@ -175,7 +174,7 @@ def test_a_reward_without_distribution_matching_destroys_the_student():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_step_suffices(seed):
-    _, cold, undistilled = distilled(seed, "--model.num_steps=1", "--model.timesteps=[799]")
+    _, cold, undistilled = distilled(seed, "dmdr_one_step")
     assert cold["match"]["tuned"] >= 0.8 * cold["match"]["base"]
     assert cold["match"]["tuned"] > undistilled["match"]["tuned"] + 0.2
 
