@@ -207,7 +207,7 @@ def test_spo_from_a_trained_judge_raises_vividness_and_keeps_the_match(seed):
 def test_spo_from_the_oracle_raises_vividness_and_keeps_the_match(seed):
     result = evaluate("spo", seed)
     assert result["vividness"]["win_rate"] >= 0.85
-    assert result["vividness"]["difference"] >= 0.15
+    assert result["vividness"]["difference"] >= 0.08  # half as many rounds as with the trained judge
     assert result["match"]["difference"] >= -0.02
 
 
@@ -222,7 +222,6 @@ def test_spo_from_a_judge_of_the_wrong_sign_loses():
 def test_spo_from_pairs_selected_at_random_does_nothing():
     """A run drifts a little, to one side or the other by chance; the seeds' mean does not."""
     dice = ["--model.judge=tests.methods.spo_runs.Dice", "--model.threshold=0.3"]
-    dice += ["--model.first_step=4", "--trainer.max_steps=16"]  # as long as the runs with a trained judge
     results = [evaluate("spo", seed, *dice) for seed in SEEDS]
     gains = [result["vividness"]["difference"] for result in results]
     assert max(map(abs, gains)) < 0.06
