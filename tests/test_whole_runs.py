@@ -321,7 +321,9 @@ def test_dmdr_leaves_what_its_page_says_resumes_and_is_judged_against_its_teache
     assert float(whole[1]["train/dmd"]) > 0
 
 
-@pytest.mark.parametrize(("workers", "accumulate", "kill_after"), [(0, 1, 9), (2, 3, 11)])
+@pytest.mark.parametrize(
+    ("workers", "accumulate", "kill_after"), [pytest.param(0, 1, 9, marks=pytest.mark.slow), (2, 3, 11)]
+)
 def test_killed_run_resumes_exactly(workers, accumulate, kill_after, sd15, data, tmp_path):
     """14 pairs in micro-batches of 2: the kill falls into the second pass, with accumulation inside a window."""
     options = {"num_workers": workers, "accumulate_grad_batches": accumulate, "max_steps": 12 // accumulate + 1}

@@ -59,7 +59,8 @@ class SideBySide(pl.Callback):
         self.house += time.process_time() - self.mark  # statistics, report, grid
 
 
-@pytest.mark.parametrize("number", [64, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [64, 500])
 def test_an_evaluation_costs_little_more_than_its_images(number, tmp_path):
     torch.set_num_threads(1)
     captions = "".join((WORLD / "prompts" / name).read_text() for name in ("heldout.txt", "train.txt"))

@@ -116,7 +116,7 @@ def test_a_cache_leaves_no_run_behind(
     assert len(whole) == 20 + 2 + 21 + 4
 
 
-@pytest.mark.parametrize("shards", [1, 23])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 23])
 def test_killed_command_continues_to_the_same_files(shards: int, recipe: Path, whole: dict[str, bytes], tmp_path: Path):
     folder = tmp_path / "cache"
     kill_after(start(recipe, folder), folder, shards)
@@ -141,6 +141,7 @@ def test_two_ranks_share_the_work_and_may_be_killed(recipe: Path, whole: dict[st
     assert output.count("The cache is complete") == 1
 
 
+@pytest.mark.slow
 def test_one_rank_goes_on_where_two_were_killed(recipe: Path, whole: dict[str, bytes], tmp_path: Path):
     folder = tmp_path / "cache"
     kill_after(start(recipe, folder, "--trainer.devices=2"), folder, 5)

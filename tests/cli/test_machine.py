@@ -138,6 +138,7 @@ def test_overlay_for_any_machine_trains(name: str, tmp_path: Path, monkeypatch: 
     assert Path("runs/trainer-" + name, "version_0/metrics.csv").exists()
 
 
+@pytest.mark.slow
 def test_ddp_overlay_trains_on_two_cpu_processes(tmp_path: Path):
     overlay = ["--config", str(OVERLAYS["ddp"]), "--trainer.devices=2"]
     command = [sys.executable, str(ROOT / "main.py"), "fit", *overlay, *ARGUMENTS, "--evaluate=true"]

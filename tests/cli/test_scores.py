@@ -85,6 +85,7 @@ def test_feedback_trains_from_yaml(recipe: Path):
     assert "train/feedback_agreement" in header.split(",")
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_writes(recipe: Path, tmp_path: Path):
     main(command(recipe, "one"))
     process = subprocess.run(

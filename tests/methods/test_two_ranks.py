@@ -70,6 +70,7 @@ def test_two_ranks_of_orpo_make_the_update_of_one(sd15, tmp_path):
     assert_ranks_share_the_draws(two, one)
 
 
+@pytest.mark.slow
 def test_fsdp2_shards_the_adapters_and_resumes(sd15, tmp_path):
     options = {"devices": 2, "accumulate": 1, "strategy": "fsdp2"}
     whole = run(tmp_path / "whole", sd15, steps=3, **options)
@@ -80,6 +81,7 @@ def test_fsdp2_shards_the_adapters_and_resumes(sd15, tmp_path):
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_two_killed_ranks_resume_exactly(sd15, tmp_path):
     whole = run(tmp_path / "whole", sd15, devices=2, accumulate=2, steps=4)
     killed = run(tmp_path / "killed", sd15, -signal.SIGKILL, devices=2, accumulate=2, steps=4, kill_after=5)
