@@ -154,12 +154,7 @@ def test_the_student_reaches_its_teacher_and_a_reward_takes_it_beyond(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "seed",
-    [
-        0,
-        pytest.param(1, marks=pytest.mark.xfail(reason="measured: 0.028 below the cold start's student")),
-        pytest.param(2, marks=pytest.mark.xfail(reason="measured: 0.025 below the cold start's student")),
-    ],
+    "seed", [0, pytest.param(1, marks=pytest.mark.xfail(reason="measured: 0.0218 below the cold start's student")), 2]
 )
 def test_the_students_match_stays_within_0_02_under_the_reward(seed):
     assert rewarded(seed)["match"]["tuned"] >= distilled(seed)[1]["match"]["tuned"] - 0.02
@@ -167,7 +162,8 @@ def test_the_students_match_stays_within_0_02_under_the_reward(seed):
 
 @pytest.mark.slow
 def test_a_reward_without_distribution_matching_destroys_the_student():
-    alone = rewarded(0, "--model.dm_weight=0", "--trainer.max_steps=25")
+    oracle = ['--model.reward_weights={"both": 2.0, "clip": 0.0}', "--model.optimizer.lr=2e-4"]
+    alone = rewarded(0, "--model.dm_weight=0", *oracle)
     assert alone["match"]["tuned"] < distilled(0)[1]["match"]["tuned"] - 0.1
 
 
