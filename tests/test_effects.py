@@ -153,9 +153,7 @@ def test_the_student_reaches_its_teacher_and_a_reward_takes_it_beyond(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.xfail(reason="measured: 0.0218 below the cold start's student")), 2]
-)
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_students_match_stays_within_0_02_under_the_reward(seed):
     assert rewarded(seed)["match"]["tuned"] >= distilled(seed)[1]["match"]["tuned"] - 0.02
 
@@ -203,7 +201,7 @@ def test_spo_from_a_trained_judge_raises_vividness_and_keeps_the_match(seed):
 def test_spo_from_the_oracle_raises_vividness_and_keeps_the_match(seed):
     result = evaluate("spo", seed)
     assert result["vividness"]["win_rate"] >= 0.85
-    assert result["vividness"]["difference"] >= 0.08  # half as many rounds as with the trained judge
+    assert result["vividness"]["difference"] >= 0.10
     assert result["match"]["difference"] >= -0.02
 
 
@@ -220,7 +218,7 @@ def test_spo_from_pairs_selected_at_random_does_nothing():
     dice = ["--model.judge=tests.methods.spo_runs.Dice", "--model.threshold=0.3"]
     results = [evaluate("spo", seed, *dice) for seed in SEEDS]
     gains = [result["vividness"]["difference"] for result in results]
-    assert max(map(abs, gains)) < 0.06
+    assert max(map(abs, gains)) < 0.05
     assert abs(sum(gains)) / len(gains) < 0.02
     assert max(abs(result["match"]["difference"]) for result in results) < 0.03
 
