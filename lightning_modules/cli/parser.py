@@ -78,6 +78,14 @@ def refuse_repeated_keys(parser: Parser, path: Any) -> None:
                 nodes.append(value)
 
 
+def overridden_option(words: list[str]) -> str | None:
+    """The first option before a `--config`: what the file says would take its place without a word."""
+    options = [word.split("=")[0] for word in words if word.startswith("--") or word == "-c"]
+    last = max((i for i, option in enumerate(options) if option in ("-c", "--config")), default=0)
+    harmless = ("-c", "--config", "--print_config", "--help", "--verbose")
+    return next((option for option in options[:last] if option not in harmless), None)
+
+
 def readable(message: str) -> str:
     """A jsonargparse message as one path and what is wrong there, without the dump of the whole value."""
     if message.startswith("Unexpected config:"):
@@ -191,6 +199,8 @@ class LimelightParser(LightningCLI):
             commands.add_subcommand(name, subparser, help=text)
 
     def parse_arguments(self, parser: Parser, args: Any) -> None:
+        if option := overridden_option(sys.argv[1:] if args is None else args):
+            parser.error(f"{option} stands before a --config, which would override it; name all --config files first.")
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].ckpt_path
         if path not in (None, "last") and "://" not in path and not Path(path).exists():

@@ -76,6 +76,8 @@ MISTAKES = [
     (["fit", "--config", "{type}"], ["type.yaml", "model.init_args.warmup_steps: expected int, got soon"]),
     (["fit", "--config", "{callback}"], ["callback.yaml", "trainer.callbacks", "Did you mean 'decay'?"]),
     (["fit", "--config", "{missing}"], ["missing.yaml", "backbone"]),
+    (["fit", "--seed_everything=1", *DPO[1:]], ["--seed_everything stands before a --config", "name all --config"]),
+    ([*DPO, "--model.beta", "1", "--config", "cli_configs/trainer/ddp.yaml"], ["--model.beta stands before"]),
 ]
 BAD_YAMLS = {
     "misspelt": "model: {class_path: lightning_modules.diffusion_dpo.DiffusionDPO, init_args: {betaa: 1.0}}",
