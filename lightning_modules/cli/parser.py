@@ -78,12 +78,36 @@ def refuse_repeated_keys(parser: Parser, path: Any) -> None:
                 nodes.append(value)
 
 
-def overridden_option(words: list[str]) -> str | None:
-    """The first option before a `--config`: what the file says would take its place without a word."""
-    options = [word.split("=")[0] for word in words if word.startswith("--") or word == "-c"]
-    last = max((i for i, option in enumerate(options) if option in ("-c", "--config")), default=0)
-    harmless = ("-c", "--config", "--print_config", "--help", "--verbose")
-    return next((option for option in options[:last] if option not in harmless), None)
+def overridden_option(words: list[str]) -> tuple[str, str] | None:
+    """The first option, and the `--config` behind it that would take its place without a word: the last one counts."""
+    given: list[str] = []
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        option, _, value = word.partition("=")
+        if option in ("-c", "--config"):
+            keys = configured_keys(value or following)
+            for earlier in given:
+                name = earlier.removeprefix("--").removesuffix("+").replace(".init_args", "") + "."
+                if any(f"{key}.".startswith(name) or name.startswith(f"{key}.") for key in keys):
+                    return earlier, value or following
+        elif option.startswith("--"):
+            given.append(option)
+    return None
+
+
+def configured_keys(path: str) -> list[str]:
+    """The dotted keys that a config sets, without `init_args`, as the command line names them."""
+    try:
+        sections = [("", yaml.safe_load(Path(path).read_text()))]
+    except (yaml.YAMLError, OSError):
+        return []  # reported by the parser itself
+    keys = []
+    while sections:
+        prefix, section = sections.pop()
+        if isinstance(section, dict) and section:
+            sections += [(prefix if key == "init_args" else f"{prefix}.{key}", section[key]) for key in section]
+        else:
+            keys.append(prefix[1:].removesuffix(".class_path"))  # another class, and so all of its settings
+    return keys
 
 
 def readable(message: str) -> str:
@@ -199,8 +223,9 @@ class LimelightParser(LightningCLI):
             commands.add_subcommand(name, subparser, help=text)
 
     def parse_arguments(self, parser: Parser, args: Any) -> None:
-        if option := overridden_option(sys.argv[1:] if args is None else args):
-            parser.error(f"{option} stands before a --config, which would override it; name all --config files first.")
+        if overridden := overridden_option(sys.argv[1:] if args is None else args):
+            option, config = overridden
+            parser.error(f"{option} stands before {config}, which overrides it; expected after --config {config}.")
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].ckpt_path
         if path not in (None, "last") and "://" not in path and not Path(path).exists():

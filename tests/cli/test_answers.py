@@ -17,6 +17,7 @@ CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cli_configs").
 OVERLAYS = [path for path in CONFIGS if "/trainer/" in path]
 RECIPES = [path for path in CONFIGS if "/trainer/" not in path]
 DPO = ["fit", "--config", "cli_configs/dpo/sd15_lora.yaml"]
+DDP = ["--config", "cli_configs/trainer/ddp.yaml"]
 SDXL = ["fit", "--config", "cli_configs/dpo/sdxl.yaml"]
 
 HELP = [["--help"], ["fit", "--help"], ["test", "--help"], ["cache", "--help"], [*DPO, "--model.help=DiffusionDPO"]]
@@ -76,8 +77,11 @@ MISTAKES = [
     (["fit", "--config", "{type}"], ["type.yaml", "model.init_args.warmup_steps: expected int, got soon"]),
     (["fit", "--config", "{callback}"], ["callback.yaml", "trainer.callbacks", "Did you mean 'decay'?"]),
     (["fit", "--config", "{missing}"], ["missing.yaml", "backbone"]),
-    (["fit", "--seed_everything=1", *DPO[1:]], ["--seed_everything stands before a --config", "name all --config"]),
-    ([*DPO, "--model.beta", "1", "--config", "cli_configs/trainer/ddp.yaml"], ["--model.beta stands before"]),
+    (["fit", "--seed_everything=1", *DPO[1:]], ["--seed_everything stands before cli_configs/dpo/sd15_lora.yaml"]),
+    (["fit", "--data.source", "x", *DPO[1:]], ["--data.source stands before", "expected after --config"]),
+    ([*DPO, "--trainer.devices", "2", *DDP], ["--trainer.devices stands before cli_configs/trainer/ddp.yaml"]),
+    ([*DPO, "--trainer.strategy.static_graph=true", *DDP], ["--trainer.strategy.static_graph stands before"]),
+    ([*DPO, "--trainer.callbacks+=callbacks.ema.EMA", *DPO[1:]], ["--trainer.callbacks+ stands before"]),
 ]
 BAD_YAMLS = {
     "misspelt": "model: {class_path: lightning_modules.diffusion_dpo.DiffusionDPO, init_args: {betaa: 1.0}}",

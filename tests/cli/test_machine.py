@@ -134,7 +134,7 @@ def test_overlay_that_cannot_run_here_stops_before_the_model(
 def test_overlay_for_any_machine_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["main.py"])
-    main(["fit", *ARGUMENTS, "--config", str(OVERLAYS[name])])
+    main(["fit", "--config", str(OVERLAYS[name]), *ARGUMENTS])
     assert Path("runs/trainer-" + name, "version_0/metrics.csv").exists()
 
 
