@@ -65,6 +65,8 @@ def refuse_repeated_keys(parser: Parser, path: Any) -> None:
         nodes = [yaml.compose(Path(path).read_text(), yaml.SafeLoader)]
     except (yaml.YAMLError, OSError):
         return  # reported by the parser itself
+    except UnicodeDecodeError:
+        parser.error("is no UTF-8 text; expected a YAML, saved as UTF-8 (not as UTF-16, and no packed file).")
     while nodes:
         node = nodes.pop()
         if isinstance(node, yaml.SequenceNode):
@@ -84,21 +86,27 @@ def overridden_option(words: list[str]) -> tuple[str, str] | None:
     for word, following in zip(words, [*words, ""][1:], strict=True):
         option, _, value = word.partition("=")
         if option in ("-c", "--config"):
-            keys = configured_keys(value or following)
-            for earlier in given:
-                name = earlier.removeprefix("--").removesuffix("+").replace(".init_args", "") + "."
-                if any(f"{key}.".startswith(name) or name.startswith(f"{key}.") for key in keys):
-                    return earlier, value or following
+            config = value or following
+            keys = configured_keys(config) if given else []
+            lost = next((earlier for earlier in given if sets(keys, earlier)), None)
+            if lost is not None:
+                return lost, config
         elif option.startswith("--"):
             given.append(option)
     return None
+
+
+def sets(keys: list[str], option: str) -> bool:
+    """Whether a config with these keys sets the same as an option of the command line, a part of it, or the whole."""
+    name = option.removeprefix("--").removesuffix("+").replace(".init_args", "") + "."
+    return any(f"{key}.".startswith(name) or name.startswith(f"{key}.") for key in keys)
 
 
 def configured_keys(path: str) -> list[str]:
     """The dotted keys that a config sets, without `init_args`, as the command line names them."""
     try:
         sections = [("", yaml.safe_load(Path(path).read_text()))]
-    except (yaml.YAMLError, OSError):
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
         return []  # reported by the parser itself
     keys = []
     while sections:

@@ -72,6 +72,7 @@ MISTAKES = [
     (["fit", "--config", "{section}"], ["daata", "Did you mean 'data'?"]),
     (["fit", "--config", "{twice}"], ["twice.yaml", "'trainer' is given twice", "line 5"]),
     (["fit", "--config", "{syntax}"], ["syntax.yaml", "line 2"]),
+    (["fit", "--config", "{utf16}"], ["utf16.yaml", "is no UTF-8 text"]),
     (["fit", "--config", "{empty}"], ["empty.yaml", "expected sections"]),
     (["fit", "--config", "{list}"], ["list.yaml", "expected sections"]),
     (["fit", "--config", "{type}"], ["type.yaml", "model.init_args.warmup_steps: expected int, got soon"]),
@@ -88,6 +89,7 @@ BAD_YAMLS = {
     "section": "daata: {class_path: datamodules.pickapic.PickAPicDataModule}",
     "twice": "seed_everything: 0\ntrainer:\n  max_steps: 3\nevaluate: true\ntrainer: {accelerator: cpu}",
     "syntax": "model:\n  class_path: x: y\n",
+    "utf16": "seed_everything: 0\n",
     "empty": "",
     "list": "- model\n- data\n",
     "type": "model: {class_path: lightning_modules.diffusion_dpo.DiffusionDPO, init_args: {warmup_steps: soon}}",
@@ -103,7 +105,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment of a process with its own cache, and with the bad YAMLs' places."""
     folder = tmp_path_factory.mktemp("yamls")
     for name, text in BAD_YAMLS.items():
-        (folder / f"{name}.yaml").write_text(text)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-16" if name == "utf16" else "utf-8")
     cache = str(tmp_path_factory.mktemp("cache"))
     return {**os.environ, "XDG_CACHE_HOME": cache, "BAD_YAMLS": str(folder), "COLUMNS": "100"}
 
